@@ -1,0 +1,285 @@
+// The only file that knows Python. Kernels are exposed as functions of plain integers (addresses,
+// sizes): one build serves every version of torch, and a call allocates nothing.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <stdexcept>
+#include <type_traits>
+#include <vector>
+
+#include "common/dlpack.h"
+#include "common/isa.h"
+#include "common/status.h"
+#include "common/tensor_view.h"
+#include "common/threads.h"
+#include "health_scan/kernel.h"
+
+namespace py = pybind11;
+
+namespace foreshock {
+namespace {
+
+// Addresses arrive as integers, so that any owner of memory can be named.
+template <class T>
+using Plain = std::conditional_t<std::is_pointer_v<T>, std::uintptr_t, T>;
+
+template <class T>
+T from_plain(Plain<T> value) {
+    if constexpr (std::is_pointer_v<T>) {
+        return reinterpret_cast<T>(value);
+    } else {
+        return value;
+    }
+}
+
+// Gives an op's entry points to Python as the functions of one submodule; the GIL is released in
+// them, and a Status that is not done becomes a RuntimeError.
+class Registrar {
+  public:
+    Registrar(py::module_& parent, const char* op) : module_(parent.def_submodule(op)) {}
+
+    template <class Result, class... Args>
+    void operator()(const char* name, Result (*function)(Args...)) {
+        module_.def(name, [function](Plain<Args>... args) {
+            Result result;
+            {
+                py::gil_scoped_release release;
+                result = function(from_plain<Args>(args)...);
+            }
+            if constexpr (std::is_same_v<Result, Status>) {
+                if (result != nullptr) throw std::runtime_error(result);
+            } else {
+                return result;
+            }
+        });
+    }
+
+  private:
+    py::module_ module_;
+};
+
+Dtype dtype_of(const dlpack::Tensor& tensor) {
+    if (tensor.type_lanes == 1) {
+        switch (tensor.type_code) {
+            case dlpack::kFloat:
+                if (tensor.type_bits == 64) return Dtype::float64;
+                if (tensor.type_bits == 32) return Dtype::float32;
+                if (tensor.type_bits == 16) return Dtype::float16;
+                break;
+            case dlpack::kBfloat: return Dtype::bfloat16;
+            case dlpack::kFloat8E4M3fn: return Dtype::float8_e4m3fn;
+            case dlpack::kFloat8E5M2: return Dtype::float8_e5m2;
+            default: break;
+        }
+    }
+    throw py::type_error("a tensor of an element type that no kernel reads");
+}
+
+// Byte offsets into torch's own objects; see src/foreshock/ops/_tensor_layout.py, which finds them.
+struct TensorLayout {
+    static constexpr std::size_t kInlineDims = 5;  // more are not kept inside the object
+
+    std::size_t object_impl, impl_storage, impl_storage_offset, impl_numel, impl_sizes,
+        impl_strides, impl_dtype, storage_data;
+
+    explicit TensorLayout(const py::sequence& offsets)
+        : object_impl(offsets[0].cast<std::size_t>()),
+          impl_storage(offsets[1].cast<std::size_t>()),
+          impl_storage_offset(offsets[2].cast<std::size_t>()),
+          impl_numel(offsets[3].cast<std::size_t>()),
+          impl_sizes(offsets[4].cast<std::size_t>()),
+          impl_strides(offsets[5].cast<std::size_t>()),
+          impl_dtype(offsets[6].cast<std::size_t>()),
+          storage_data(offsets[7].cast<std::size_t>()) {}
+
+    template <class T>
+    static T at(const void* base, std::size_t offset) {
+        T value;
+        std::memcpy(&value, static_cast<const char*>(base) + offset, sizeof value);
+        return value;
+    }
+};
+
+// What stood in one place of a list. Equal footprints mean equal memory, type, shape and strides.
+struct Footprint {
+    std::int64_t storage_offset = 0;
+    std::int64_t numel = 0;
+    const void* storage_data = nullptr;
+    std::uint16_t dtype = 0;
+
+    bool operator==(const Footprint& other) const {
+        return storage_data == other.storage_data && numel == other.numel &&
+               storage_offset == other.storage_offset && dtype == other.dtype;
+    }
+};
+
+// Where a list of tensors lies in memory, and whether another list lies in the same places. The
+// tensors are described through torch's DLPack exchange functions; to compare, where the layout of
+// torch's objects is known, their words are looked at directly, which is several times faster. The
+// owner of the table keeps the tensors alive.
+class TensorTable {
+  public:
+    TensorTable(const py::list& tensors, const py::capsule& exchange_api, const py::object& layout)
+        : read_(reader(exchange_api)) {
+        if (!layout.is_none()) layout_.emplace(py::cast<py::sequence>(layout));
+        const std::size_t count = tensors.size();
+        entries_.resize(count);
+        std::size_t dims = 0;
+        for (std::size_t i = 0; i < count; ++i) {
+            describe(PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i)), entries_[i]);
+            dims += entries_[i].shape_and_strides.size();
+        }
+        coalesced_.resize(dims);
+        views_.reserve(count);
+        std::int64_t* room = coalesced_.data();
+        for (const Entry& entry : entries_) {
+            const auto ndim = static_cast<std::int32_t>(entry.ndim());
+            const std::int64_t* shape = entry.shape_and_strides.data();
+            std::int64_t numel = entry.type == nullptr ? 0 : 1;
+            for (std::int32_t d = 0; d < ndim; ++d) numel *= shape[d];
+            std::int64_t* strides = room + ndim;
+            const auto kept = coalesce(ndim, shape, shape + ndim, room, strides);
+            views_.push_back({entry.data, numel, room, strides, kept, entry.dtype});
+            room += 2 * ndim;
+        }
+    }
+
+    // Whether these are tensors at the same addresses, with the same types, shapes and strides.
+    bool matches(const py::list& tensors) const {
+        if (tensors.size() != entries_.size()) return false;
+        for (std::size_t i = 0; i < entries_.size(); ++i) {
+            const Entry& entry = entries_[i];
+            PyObject* object = PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i));
+            if (entry.type == nullptr) {
+                if (object != Py_None) return false;
+            } else if (Py_TYPE(object) != entry.type) {
+                return false;
+            } else if (layout_ && entry.ndim() <= TensorLayout::kInlineDims) {
+                if (!looks_like(entry, object)) return false;
+            } else if (!reads_like(entry, object)) {
+                return false;
+            }
+        }
+        return true;
+    }
+
+    std::uintptr_t address() const { return reinterpret_cast<std::uintptr_t>(views_.data()); }
+    std::size_t size() const { return views_.size(); }
+
+  private:
+    using Reader = int (*)(void*, dlpack::Tensor*);
+
+    struct Entry {
+        PyTypeObject* type = nullptr;  // null: None stood here
+        const void* data = nullptr;
+        std::int32_t device_type = 0;
+        std::int32_t device_id = 0;
+        Dtype dtype = Dtype::float32;
+        std::vector<std::int64_t> shape_and_strides;
+        Footprint footprint;
+
+        std::size_t ndim() const { return shape_and_strides.size() / 2; }
+    };
+
+    static const void* data_of(const dlpack::Tensor& tensor) {
+        return static_cast<const char*>(tensor.data) + tensor.byte_offset;
+    }
+
+    static Reader reader(const py::capsule& capsule) {
+        const auto* api = static_cast<const dlpack::ExchangeApi*>(
+            PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsuleName));
+        if (api == nullptr) throw py::error_already_set();
+        while (api != nullptr && api->major != dlpack::kMajor) api = api->previous;
+        if (api == nullptr) throw py::value_error("exchange_api: no DLPack version 1 in it");
+        return api->tensor_from_py_object;
+    }
+
+    // Null where the object has no storage of its own, as a sparse tensor has not.
+    const char* find_impl(PyObject* object, Footprint& footprint) const {
+        const auto* impl = TensorLayout::at<const char*>(object, layout_->object_impl);
+        if (impl == nullptr) return nullptr;
+        const void* storage = TensorLayout::at<const void*>(impl, layout_->impl_storage);
+        if (storage == nullptr) return nullptr;
+        footprint.storage_offset =
+            TensorLayout::at<std::int64_t>(impl, layout_->impl_storage_offset);
+        footprint.numel = TensorLayout::at<std::int64_t>(impl, layout_->impl_numel);
+        footprint.storage_data = TensorLayout::at<const void*>(storage, layout_->storage_data);
+        footprint.dtype = TensorLayout::at<std::uint16_t>(impl, layout_->impl_dtype);
+        return impl;
+    }
+
+    bool looks_like(const Entry& entry, PyObject* object) const {
+        Footprint now;
+        const char* impl = find_impl(object, now);
+        if (impl == nullptr || !(now == entry.footprint)) return false;
+        const std::size_t bytes = entry.ndim() * sizeof(std::int64_t);
+        const std::int64_t* sizes = entry.shape_and_strides.data();
+        return std::memcmp(impl + layout_->impl_sizes, sizes, bytes) == 0 &&
+               std::memcmp(impl + layout_->impl_strides, sizes + entry.ndim(), bytes) == 0;
+    }
+
+    bool reads_like(const Entry& entry, PyObject* object) const {
+        Entry now;
+        describe(object, now);
+        return now.data == entry.data && now.device_type == entry.device_type &&
+               now.device_id == entry.device_id && now.dtype == entry.dtype &&
+               now.shape_and_strides == entry.shape_and_strides;
+    }
+
+    void describe(PyObject* object, Entry& entry) const {
+        if (object == Py_None) return;
+        dlpack::Tensor tensor;
+        if (read_(object, &tensor) != 0) throw py::error_already_set();
+        entry.type = Py_TYPE(object);
+        entry.data = data_of(tensor);
+        entry.device_type = tensor.device_type;
+        entry.device_id = tensor.device_id;
+        entry.dtype = dtype_of(tensor);
+        entry.shape_and_strides.assign(tensor.shape, tensor.shape + tensor.ndim);
+        entry.shape_and_strides.insert(entry.shape_and_strides.end(), tensor.strides,
+                                       tensor.strides + tensor.ndim);
+        if (layout_) find_impl(object, entry.footprint);
+    }
+
+    Reader read_;
+    std::optional<TensorLayout> layout_;
+    std::vector<Entry> entries_;
+    std::vector<std::int64_t> coalesced_;
+    std::vector<TensorView> views_;
+};
+
+py::list isas() {
+    py::list all;
+    for (const Isa& isa : detect_isas()) all.append(py::make_tuple(isa.name, isa.is_supported));
+    return all;
+}
+
+bool has_cuda() {
+#if defined(FORESHOCK_HAS_CUDA)
+    return true;
+#else
+    return false;
+#endif
+}
+
+}  // namespace
+}  // namespace foreshock
+
+PYBIND11_MODULE(_kernels, m) {
+    using namespace foreshock;
+    m.doc() = "Compiled kernels; called by the cpu and cuda implementations of foreshock.ops.";
+    m.def("isas", isas, "(name, supported here) of each instruction set, narrowest first.");
+    m.def("has_cuda", has_cuda, "Whether CUDA kernels were built in.");
+    m.def("thread_count", thread_count, "Threads that a kernel would use now.");
+    py::class_<TensorTable>(m, "TensorTable", "Where a list of tensors lies in memory.")
+        .def(py::init<const py::list&, const py::capsule&, const py::object&>(),
+             py::arg("tensors"), py::arg("exchange_api"), py::arg("layout"))
+        .def("matches", &TensorTable::matches, py::arg("tensors"),
+             "Whether these are the same addresses, element types, shapes and strides.")
+        .def_property_readonly("address", &TensorTable::address)
+        .def("__len__", &TensorTable::size);
+
+    health_scan::register_entry_points(Registrar(m, "health_scan"));
+}

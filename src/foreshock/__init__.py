@@ -1,0 +1,42 @@
+"""foreshock watches a PyTorch training run from inside and keeps it alive."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from foreshock import ops as ops
+
+if TYPE_CHECKING:
+    from foreshock import guard as guard
+    from foreshock import records as records
+    from foreshock.guard import Action as Action
+    from foreshock.guard import Guard as Guard
+    from foreshock.monitor import Monitor as Monitor
+    from foreshock.monitor import Verdict as Verdict
+
+# Loaded when first used, so that importing foreshock stays cheap.
+_LAZY = {
+    "Action": "foreshock.guard",
+    "Guard": "foreshock.guard",
+    "Monitor": "foreshock.monitor",
+    "Verdict": "foreshock.monitor",
+    "guard": "",
+    "records": "",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("foreshock")
+    if name not in _LAZY:
+        raise AttributeError(f"module 'foreshock' has no attribute {name!r}")
+    if not _LAZY[name]:
+        return importlib.import_module(f"foreshock.{name}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY, "__version__"})

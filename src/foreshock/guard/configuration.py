@@ -1,0 +1,44 @@
+"""What the guard may do, and when."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from foreshock.settings import Settings
+
+
+class Guard(Settings):
+    """What is done about a bad step.
+
+    >>> Guard(mode="recover", snapshot_interval=50)
+    """
+
+    mode: Literal["observe", "skip", "recover"] = "observe"
+    """observe: log what would be done, touch nothing. skip: withhold bad updates. recover: withhold
+    them, and roll back when the state itself is bad."""
+    snapshot_interval: PositiveInt = 100
+    """Steps between snapshots."""
+    depth: PositiveInt = 3
+    """Snapshots kept; each is a full copy of model, optimizer and registered state in memory."""
+    clean_steps: NonNegativeInt = 2
+    """Clean steps that must follow a snapshot before it may be restored."""
+    min_depth: NonNegativeInt = 0
+    """Steps that a snapshot must be old to be restored."""
+    check_interval: PositiveInt = 1
+    """Steps between scans of the parameters; gradients are scanned at every step."""
+    violation_threshold: PositiveFloat = 1e6
+    """A loss over this is a violation: the state counts as bad."""
+    max_consecutive_skips: PositiveInt = 3
+    """Updates withheld in a row before the state counts as bad."""
+    max_rollbacks: NonNegativeInt = 3
+    """Rollbacks allowed within `rollback_window`; one more aborts the run."""
+    rollback_window: PositiveInt = 200
+    """Steps, as they were run, over which rollbacks are counted."""
+    lr_backoff: float = Field(default=0.5, gt=0, le=1)
+    """Factor on the learning rate after a rollback; 1 leaves it alone."""
+    lr_recovery_steps: NonNegativeInt = 100
+    """Steps over which that factor returns to 1, linearly."""
+    skip_batches: NonNegativeInt = 0
+    """Batches left out from the failing one on when steps are run again after a rollback."""

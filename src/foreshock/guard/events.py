@@ -1,0 +1,100 @@
+"""What the guard decides (verbs), and what has happened (past tense)."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from typing import Literal
+
+
+class Action(enum.Enum):
+    """What is to be done about a step."""
+
+    CONTINUE = "continue"
+    SKIP = "skip"
+    ROLL_BACK = "roll_back"
+    ABORT = "abort"
+
+
+class Reason(enum.Enum):
+    """What is wrong with a step."""
+
+    NONFINITE_WEIGHTS = "NONFINITE_WEIGHTS"
+    NONFINITE_GRADIENT = "NONFINITE_GRADIENT"
+    NONFINITE_LOSS = "NONFINITE_LOSS"
+    LOSS_OVER_THRESHOLD = "LOSS_OVER_THRESHOLD"
+    CONSECUTIVE_SKIPS = "CONSECUTIVE_SKIPS"
+    TOO_MANY_ROLLBACKS = "TOO_MANY_ROLLBACKS"
+    NO_SNAPSHOT = "NO_SNAPSHOT"
+
+
+@dataclasses.dataclass(frozen=True)
+class Offender:
+    """The first tensor found with a value that is not finite."""
+
+    kind: Literal["parameter", "buffer", "gradient"]
+    name: str
+    nan: int
+    inf: int
+    numel: int
+
+    def __str__(self) -> str:
+        counts = [f"{n} {what}" for n, what in ((self.nan, "NaN"), (self.inf, "Inf")) if n]
+        return f"{self.kind} {self.name}: {' and '.join(counts)} of {self.numel} values"
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateSkipped:
+    """An update was withheld: parameters, moments and step counts are what they were."""
+
+    step: int
+    reasons: tuple[Reason, ...]
+    offender: Offender | None
+
+
+@dataclasses.dataclass(frozen=True)
+class AnomalySeen:
+    """A bad step on which nothing was done, since the mode or the moment did not allow it."""
+
+    step: int
+    would: Action
+    reasons: tuple[Reason, ...]
+    offender: Offender | None
+
+
+@dataclasses.dataclass(frozen=True)
+class RolledBack:
+    """The state of an earlier step was restored."""
+
+    step: int
+    to_step: int
+    reasons: tuple[Reason, ...]
+    offender: Offender | None
+    lr_factor: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Recovered:
+    """The step that had failed was passed."""
+
+    step: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SnapshotDropped:
+    """A snapshot turned out not to be fit for use."""
+
+    step: int
+    why: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Aborted:
+    """Training was told to stop."""
+
+    step: int
+    reasons: tuple[Reason, ...]
+    offender: Offender | None
+
+
+Event = UpdateSkipped | AnomalySeen | RolledBack | Recovered | SnapshotDropped | Aborted

@@ -1,0 +1,38 @@
+"""The place of this room in the house: floor 0, without torch, without other rooms."""
+
+import ast
+import sys
+from pathlib import Path
+
+import foreshock.records
+
+ROOM = Path(foreshock.records.__file__).parent
+
+
+def imported_modules(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+def test_records_import_the_standard_library_and_themselves_only():
+    files = list(ROOM.rglob("*.py"))
+    assert files
+    for file in files:
+        for module in imported_modules(file):
+            is_own = module.startswith("foreshock.records")
+            assert is_own or module.split(".")[0] in sys.stdlib_module_names, (file, module)
+
+
+def test_records_work_without_the_rest_of_the_package_and_without_torch(tmp_path, run_python):
+    script = """
+from foreshock.records import TelemetryWriter, read_telemetry, write_summary
+with TelemetryWriter(sys.argv[1] + "/telemetry.jsonl") as writer:
+    writer.write("telemetry", 1, loss=0.5)
+write_summary(sys.argv[1] + "/summary.json", {})
+assert "torch" not in sys.modules
+print(len(read_telemetry(sys.argv[1] + "/telemetry.jsonl").records))
+"""
+    assert run_python(script, tmp_path) == "2\n"
