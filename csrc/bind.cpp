@@ -6,6 +6,7 @@
 #include <cstring>
 #include <optional>
 #include <stdexcept>
+#include <string>
 #include <type_traits>
 #include <vector>
 
@@ -34,15 +35,17 @@ T from_plain(Plain<T> value) {
     }
 }
 
-// Gives an op's entry points to Python as the functions of one submodule; the GIL is released in
-// them, and a Status that is not done becomes a RuntimeError.
+// Gives an op's entry points to Python as functions named <op>_<entry point>; the GIL is released
+// in them, and a Status that is not done becomes a RuntimeError.
 class Registrar {
   public:
-    Registrar(py::module_& parent, const char* op) : module_(parent.def_submodule(op)) {}
+    Registrar(py::module_& module, const char* op) : module_(module), prefix_(op) {
+        prefix_ += '_';
+    }
 
     template <class Result, class... Args>
     void operator()(const char* name, Result (*function)(Args...)) {
-        module_.def(name, [function](Plain<Args>... args) {
+        module_.def((prefix_ + name).c_str(), [function](Plain<Args>... args) {
             Result result;
             {
                 py::gil_scoped_release release;
@@ -57,7 +60,8 @@ class Registrar {
     }
 
   private:
-    py::module_ module_;
+    py::module_& module_;
+    std::string prefix_;
 };
 
 Dtype dtype_of(const dlpack::Tensor& tensor) {
@@ -68,10 +72,14 @@ Dtype dtype_of(const dlpack::Tensor& tensor) {
                 if (tensor.type_bits == 32) return Dtype::float32;
                 if (tensor.type_bits == 16) return Dtype::float16;
                 break;
-            case dlpack::kBfloat: return Dtype::bfloat16;
-            case dlpack::kFloat8E4M3fn: return Dtype::float8_e4m3fn;
-            case dlpack::kFloat8E5M2: return Dtype::float8_e5m2;
-            default: break;
+            case dlpack::kBfloat:
+                return Dtype::bfloat16;
+            case dlpack::kFloat8E4M3fn:
+                return Dtype::float8_e4m3fn;
+            case dlpack::kFloat8E5M2:
+                return Dtype::float8_e5m2;
+            default:
+                break;
         }
     }
     throw py::type_error("a tensor of an element type that no kernel reads");
@@ -274,8 +282,8 @@ PYBIND11_MODULE(_kernels, m) {
     m.def("has_cuda", has_cuda, "Whether CUDA kernels were built in.");
     m.def("thread_count", thread_count, "Threads that a kernel would use now.");
     py::class_<TensorTable>(m, "TensorTable", "Where a list of tensors lies in memory.")
-        .def(py::init<const py::list&, const py::capsule&, const py::object&>(),
-             py::arg("tensors"), py::arg("exchange_api"), py::arg("layout"))
+        .def(py::init<const py::list&, const py::capsule&, const py::object&>(), py::arg("tensors"),
+             py::arg("exchange_api"), py::arg("layout"))
         .def("matches", &TensorTable::matches, py::arg("tensors"),
              "Whether these are the same addresses, element types, shapes and strides.")
         .def_property_readonly("address", &TensorTable::address)

@@ -20,7 +20,8 @@ struct OpenMp {
 
     explicit OpenMp(void* library) {
         parallel = reinterpret_cast<decltype(parallel)>(dlsym(library, "GOMP_parallel"));
-        max_threads = reinterpret_cast<decltype(max_threads)>(dlsym(library, "omp_get_max_threads"));
+        max_threads =
+            reinterpret_cast<decltype(max_threads)>(dlsym(library, "omp_get_max_threads"));
         in_parallel = reinterpret_cast<decltype(in_parallel)>(dlsym(library, "omp_in_parallel"));
     }
     bool is_complete() const { return parallel && max_threads && in_parallel; }

@@ -343,7 +343,8 @@ void scan_chunk(const TensorView& view, const Chunk& chunk, Row& row) {
     constexpr int64_t kItem = sizeof(typename Format::Raw);
     if (view.ndim == 0 || (view.ndim == 1 && view.strides[0] == 1)) {
         const uint8_t* data = static_cast<const uint8_t*>(view.data) + chunk.begin * kItem;
-        return scan_dense<Format>(data, static_cast<size_t>((chunk.end - chunk.begin) * kItem), row);
+        return scan_dense<Format>(data, static_cast<size_t>((chunk.end - chunk.begin) * kItem),
+                                  row);
     }
     scan_strided<Format>(view, chunk.begin, chunk.end, row);
 }
@@ -351,12 +352,24 @@ void scan_chunk(const TensorView& view, const Chunk& chunk, Row& row) {
 void scan_chunk(const TensorView& view, Chunk& chunk) {
     Row row = {};  // not in place: chunks of different threads share cache lines
     switch (view.dtype) {
-        case Dtype::float64: scan_chunk<Float64>(view, chunk, row); break;
-        case Dtype::float32: scan_chunk<Float32>(view, chunk, row); break;
-        case Dtype::bfloat16: scan_chunk<Bfloat16>(view, chunk, row); break;
-        case Dtype::float16: scan_chunk<Float16>(view, chunk, row); break;
-        case Dtype::float8_e4m3fn: scan_chunk<Float8E4M3fn>(view, chunk, row); break;
-        case Dtype::float8_e5m2: scan_chunk<Float8E5M2>(view, chunk, row); break;
+        case Dtype::float64:
+            scan_chunk<Float64>(view, chunk, row);
+            break;
+        case Dtype::float32:
+            scan_chunk<Float32>(view, chunk, row);
+            break;
+        case Dtype::bfloat16:
+            scan_chunk<Bfloat16>(view, chunk, row);
+            break;
+        case Dtype::float16:
+            scan_chunk<Float16>(view, chunk, row);
+            break;
+        case Dtype::float8_e4m3fn:
+            scan_chunk<Float8E4M3fn>(view, chunk, row);
+            break;
+        case Dtype::float8_e5m2:
+            scan_chunk<Float8E5M2>(view, chunk, row);
+            break;
     }
     chunk.row = row;
 }

@@ -41,28 +41,29 @@ struct Plan {
 std::int64_t plan_bytes(const TensorView* views, std::int64_t count);
 Status plan(const TensorView* views, std::int64_t count, Plan* memory);
 
-#define FORESHOCK_DECLARE(isa)                                              \
-    namespace isa {                                                         \
+#define FORESHOCK_DECLARE(isa)                                             \
+    namespace isa {                                                        \
     Status scan(const TensorView* views, std::int64_t count, Plan*, Row*); \
     }
 FORESHOCK_EACH_ISA(FORESHOCK_DECLARE)
 #undef FORESHOCK_DECLARE
 
-#if defined(FORESHOCK_HAS_CUDA)
-// Scans every tensor of a device table (see ops/health_scan/device_table.py) in one launch.
-Status scan_cuda(const std::int64_t* table, std::int64_t tensors, std::int64_t chunks,
-                 Row* partial_rows, std::int32_t* tickets, Row* rows, void* stream);
-#endif
+// Scans the tensors of a device table (src/foreshock/ops/health_scan/device_table.py) in one
+// launch. `owners` says of each chunk whose it is. There are as many partial rows as chunks; there
+// is a ticket for each tensor, 0 before the first launch and after every one. Without chunks, it
+// only loads the kernel.
+Status scan_cuda(const std::int64_t* table, const std::int32_t* owners, std::int64_t chunks,
+                 Row* partial_rows, std::uint32_t* tickets, Row* rows, void* stream);
 
 template <class Registrar>
 void register_entry_points(Registrar&& add) {
     add("plan_bytes", plan_bytes);
     add("plan", plan);
-#define FORESHOCK_ADD(isa) add("scan_" #isa, isa::scan);
+#define FORESHOCK_ADD(isa) add(#isa, isa::scan);
     FORESHOCK_EACH_ISA(FORESHOCK_ADD)
 #undef FORESHOCK_ADD
 #if defined(FORESHOCK_HAS_CUDA)
-    add("scan_cuda", scan_cuda);
+    add("cuda", scan_cuda);
 #endif
 }
 

@@ -40,7 +40,8 @@ std::int64_t chunk_count(const TensorView* views, std::int64_t count) {
 
 std::int64_t plan_bytes(const TensorView* views, std::int64_t count) {
     const auto chunks = chunk_count(views, count);
-    return static_cast<std::int64_t>(sizeof(Plan) + sizeof(Chunk) * static_cast<std::size_t>(chunks) +
+    return static_cast<std::int64_t>(sizeof(Plan) +
+                                     sizeof(Chunk) * static_cast<std::size_t>(chunks) +
                                      sizeof(std::int64_t) * static_cast<std::size_t>(chunks + 1));
 }
 

@@ -9,6 +9,7 @@ import inspect
 import itertools
 import math
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,6 +21,15 @@ from foreshock.drill.text import Vocabulary
 
 TINY = GPTConfig(context=16, width=16, num_blocks=2, num_heads=2, dropout=0.1)
 TINY_RECIPE = Recipe(model=TINY, batch_size=8, warmup_steps=4)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny tensors gain nothing from threads, and wait for them when the machine is busy."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 def tiny_model() -> GPT:
@@ -120,6 +130,12 @@ def test_the_same_seed_gives_the_same_losses_to_the_bit() -> None:
     losses = train(build(3, TINY_RECIPE), 6)
     assert losses == train(build(3, TINY_RECIPE), 6)
     assert losses != train(build(4, TINY_RECIPE), 6)
+
+
+def test_the_seed_decides_weights_and_batches() -> None:
+    run, other = build(3, TINY_RECIPE), build(4, TINY_RECIPE)
+    assert not torch.equal(run.model.head.weight, other.model.head.weight)
+    assert not torch.equal(run.batches.batch_at(0)[0], other.batches.batch_at(0)[0])
 
 
 def test_dropout_is_drawn_from_the_seed() -> None:

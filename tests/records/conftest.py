@@ -1,8 +1,9 @@
 """Running a few lines in a Python of their own, which a test may kill, fork or starve."""
 
+import contextlib
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,17 +18,23 @@ package.__path__ = [{str(Path(foreshock.records.__file__).parents[1])!r}]
 sys.modules["foreshock"] = package
 """
 
-StartPython = Callable[..., "subprocess.Popen[str]"]
+StartPython = Callable[..., "contextlib.AbstractContextManager[subprocess.Popen[str]]"]
 RunPython = Callable[..., str]
 
 
 @pytest.fixture
 def start_python() -> StartPython:
-    """Starts a script with arguments; its standard output is a pipe."""
+    """Starts a script with arguments, its output on pipes, and kills it in the end."""
 
-    def start(script: str, *arguments: object) -> "subprocess.Popen[str]":
+    @contextlib.contextmanager
+    def start(script: str, *arguments: object) -> Iterator["subprocess.Popen[str]"]:
         command = [sys.executable, "-c", _PRELUDE + script, *map(str, arguments)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
 
     return start
 
@@ -38,10 +45,7 @@ def run_python(start_python: StartPython) -> RunPython:
 
     def run(script: str, *arguments: object) -> str:
         with start_python(script, *arguments) as process:
-            try:
-                output, errors = process.communicate(timeout=20)
-            finally:
-                process.kill()
+            output, errors = process.communicate(timeout=20)
         assert process.returncode == 0, errors
         return output
 

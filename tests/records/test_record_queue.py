@@ -1,4 +1,5 @@
 import threading
+import time
 
 import pytest
 
@@ -63,12 +64,38 @@ def test_closed_queue_takes_nothing_more():
     assert queue.take() is None
 
 
-@pytest.mark.parametrize("wake", [lambda q: q.put(1, is_event=False), lambda q: q.close()])
-def test_waiting_taker_is_woken(wake):
-    queue = RecordQueue(3)
+def start_taker(queue):
     taken = []
     taker = threading.Thread(target=lambda: taken.append(queue.take()), daemon=True)
     taker.start()
+    while not queue._is_taker_waiting:
+        time.sleep(0.001)
+    return taker, taken
+
+
+@pytest.mark.parametrize(
+    ("wake", "item"),
+    [
+        (lambda queue: queue.put(1, is_event=True), 1),
+        (lambda queue: queue.put_mark(1), 1),
+        (lambda queue: [queue.put(number, is_event=False) for number in range(5)], 0),
+        (lambda queue: queue.close(), None),
+    ],
+    ids=["event", "mark", "half full", "close"],
+)
+def test_what_presses_wakes_the_taker(monkeypatch, wake, item):
+    monkeypatch.setattr(record_queue, "POLL_INTERVAL_S", 1000)
+    queue = RecordQueue(10)
+    taker, taken = start_taker(queue)
     wake(queue)
     taker.join(10)
-    assert taken in ([1], [None])
+    assert taken == [item]
+
+
+def test_telemetry_wakes_nobody_but_is_taken_in_time(monkeypatch):
+    queue = RecordQueue(10)
+    monkeypatch.setattr(queue._changed, "notify", lambda: pytest.fail("woken"))
+    taker, taken = start_taker(queue)
+    queue.put(1, is_event=False)
+    taker.join(10)
+    assert taken == [1]

@@ -36,10 +36,10 @@ REDACTED = {"redacted": True}
         "private_key",
     ],
 )
-@pytest.mark.parametrize("redact", [True, False])
-@pytest.mark.parametrize("value", ["hunter2", 123456, 1.5, ["a", "b"], {"a": "b"}, b"hunter2"])
-def test_everything_under_the_name_of_a_secret_is_redacted(key, value, redact):
-    assert to_json_value({key: value}, redact=redact) == {key: REDACTED}
+def test_everything_under_the_name_of_a_secret_is_redacted(key):
+    for value in ["hunter2", 123456, 1.5, None, ["a", "b"], {"a": "b"}, b"hunter2"]:
+        assert to_json_value({key: value}) == {key: REDACTED}
+        assert to_json_value({key: value}, redact=False) == {key: REDACTED}
 
 
 @pytest.mark.parametrize("key", ["token", "key", "Token", "key_2", "KEY"])
@@ -68,9 +68,9 @@ def test_attention_statistics_under_the_bare_word_key_stay():
         "encoder.layer.0.attention.self.key.weight",
     ],
 )
-@pytest.mark.parametrize("value", [7, 0.5, True, None, [1, 2.5], {"mean": 0.5, "count": 3}])
-def test_numbers_under_names_of_metrics_are_kept(key, value):
-    assert to_json_value({key: value}) == {key: value}
+def test_numbers_under_names_of_metrics_are_kept(key):
+    for value in [7, 0.5, True, None, [1, 2.5], {"mean": 0.5, "count": 3}]:
+        assert to_json_value({key: value}) == {key: value}
 
 
 @pytest.mark.parametrize("key", ["hf_token", "WANDB_KEY", "githubToken", "tokens", "ssh.keys"])
@@ -141,7 +141,7 @@ def _data_with_a_secret(draw):
     return data
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(_data_with_a_secret(), st.booleans())
 def test_secret_is_found_wherever_it_is_nested(data, redact):
     assert "hunter2" not in json.dumps(to_json_value(data, redact=redact))

@@ -9,8 +9,7 @@ WRITE_FOR_EVER = """
 from foreshock.records import TelemetryWriter
 step = int(sys.argv[2])
 with TelemetryWriter(sys.argv[1]) as writer:
-    if writer.flush():
-        print("ready", flush=True)
+    print("ready" if writer.flush() else "not on disk", flush=True)
     while True:
         for _ in range(20):
             writer.write("telemetry", step, loss=step / 3, text="x" * 200)
@@ -26,7 +25,7 @@ def test_killed_process_leaves_one_torn_line_at_most_and_all_that_was_flushed(
     path = tmp_path / "telemetry.jsonl"
     moments = random.Random(0)
     num_flushed = 0
-    for num_kills in range(1, 9):
+    for num_kills in range(1, 7):
         with start_python(WRITE_FOR_EVER, path, num_flushed) as process:
             assert process.stdout.readline() == "ready\n"
             time.sleep(moments.uniform(0, 0.06))
@@ -133,7 +132,7 @@ def interrupt(*_):
     writer.write("signalled", 1)
 signal.signal(signal.SIGALRM, interrupt)
 signal.setitimer(signal.ITIMER_REAL, 0.0002, 0.0002)
-end = time.monotonic() + 0.5
+end = time.monotonic() + 0.3
 while time.monotonic() < end:
     writer.write("telemetry", 0)
     num_written += 1

@@ -109,8 +109,8 @@ class Block(nn.Module):
 
     def forward(self, h_BTC: Tensor) -> Tensor:
         h_BTC = h_BTC + self.dropout(self.attention(self.attention_norm(h_BTC)))
-        h_BTC = h_BTC + self.dropout(self.mlp(self.mlp_norm(h_BTC)))
-        return h_BTC
+        out_BTC: Tensor = h_BTC + self.dropout(self.mlp(self.mlp_norm(h_BTC)))
+        return out_BTC
 
 
 class GPT(nn.Module):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import pkgutil
 from types import ModuleType
 from typing import NamedTuple
 
@@ -85,9 +86,7 @@ def _why_not(op: str, backend: str, device_type: str) -> tuple[ModuleType | None
 def _asked_backend() -> str | None:
     asked = os.environ.get("FORESHOCK_BACKEND")
     if asked and asked not in BACKENDS:
-        raise BackendUnavailable(
-            f"FORESHOCK_BACKEND={asked}, but accepted: {', '.join(BACKENDS)}"
-        )
+        raise BackendUnavailable(f"FORESHOCK_BACKEND={asked}, but accepted: {', '.join(BACKENDS)}")
     return asked or None
 
 
@@ -129,3 +128,17 @@ def explain(op: str, device_type: str) -> dict[str, str]:
         otherwise = "available" if backend != chosen.backend else "active"
         said[backend] = reason or otherwise
     return said
+
+
+def list_ops() -> list[str]:
+    """Names of the ops: each is a package beside this module."""
+    package = importlib.import_module("foreshock.ops")
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if module.ispkg)
+
+
+def active_backends() -> dict[str, dict[str, str]]:
+    """For each op, the backend that serves each kind of device present."""
+    import torch
+
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return {op: {d: choose(op, d).backend for d in devices} for op in list_ops()}

@@ -45,7 +45,7 @@ _tensor_layout = functools.cache(find_tensor_layout)
 def compiled_table(tensors: list[torch.Tensor | None]) -> Any:
     """The extension's table (csrc/bind.cpp); some 10 ns a tensor to compare with."""
     kernels: Any = load_kernels()
-    exchange_api = torch.Tensor.__dlpack_c_exchange_api__  # type: ignore[attr-defined]
+    exchange_api = torch.Tensor.__dlpack_c_exchange_api__
     return kernels.TensorTable(tensors, exchange_api, _tensor_layout())
 
 

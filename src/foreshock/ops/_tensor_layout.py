@@ -68,7 +68,7 @@ def _find(words: tuple[int, ...], wanted: tuple[int, ...]) -> int | None:
 
 
 def _find_dtype(tensors: Iterable[torch.Tensor]) -> int | None:
-    """First 16-bit place that is the same in all tensors of a dtype and different between dtypes."""
+    """First 16-bit place that is the same in all tensors of a dtype and differs between dtypes."""
     images = [(t.dtype, ctypes.string_at(_impl(t), _IMPL_BYTES)) for t in tensors]
     for at in range(0, _IMPL_BYTES, 2):
         seen: dict[torch.dtype, set[bytes]] = {}

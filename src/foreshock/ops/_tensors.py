@@ -44,6 +44,24 @@ def _local(tensor: Any, name: str) -> torch.Tensor:
     return tensor
 
 
+def as_list(
+    tensors: Iterable[torch.Tensor | None] | torch.Tensor, name: str = "tensors"
+) -> list[torch.Tensor | None]:
+    """The argument as a new list; one tensor counts as a list of one.
+
+    Raises:
+        TypeError: neither a tensor nor iterable.
+    """
+    if isinstance(tensors, torch.Tensor):
+        return [tensors]
+    try:
+        return list(tensors)
+    except TypeError:
+        raise TypeError(
+            f"{name} is a {type(tensors).__name__}; accepted: a tensor or an iterable of tensors"
+        ) from None
+
+
 def local_tensors(
     tensors: Iterable[torch.Tensor | None] | torch.Tensor,
     dtypes: Sequence[torch.dtype] = FLOATING_DTYPES,
@@ -60,14 +78,7 @@ def local_tensors(
             implementation reads.
         ValueError: tensors on more than one device, or on one without memory.
     """
-    if isinstance(tensors, torch.Tensor):
-        tensors = [tensors]
-    try:
-        given = list(tensors)
-    except TypeError:
-        raise TypeError(
-            f"{name} is a {type(tensors).__name__}; accepted: a tensor or an iterable of tensors"
-        ) from None
+    given = as_list(tensors, name)
     return given if _are_acceptable(given, dtypes) else _check_each(given, dtypes, name)
 
 

@@ -6,6 +6,9 @@ from typing import Generic, TypeVar
 
 # Far above what any run has of them (skips, rollbacks); only so that no bug can fill the memory.
 MAX_EVENTS = 65_536
+# How long telemetry may lie in the queue. Its arrival wakes nobody: on a busy machine the thread
+# that is woken takes the core of the one that wakes it, which costs a step milliseconds.
+POLL_INTERVAL_S = 0.2
 
 T = TypeVar("T")
 
@@ -14,7 +17,8 @@ class RecordQueue(Generic[T]):
     """A bounded first-in-first-out queue of telemetry, which may be lost, and events, which count.
 
     When it is full the oldest telemetry gives way, to new telemetry as to an event. Events are
-    refused only beyond 65536 of them.
+    refused only beyond 65536 of them. An event is taken at once, telemetry within a fifth of a
+    second, or when half of the room is used up.
 
     Args:
         capacity: how many items are held before telemetry is lost.
@@ -81,7 +85,7 @@ class RecordQueue(Generic[T]):
                 if self._is_closed:
                     return None
                 self._is_taker_waiting = True
-                self._changed.wait()
+                self._changed.wait(POLL_INTERVAL_S)
             return self._oldest().popleft()[1]
 
     def close(self) -> None:
@@ -106,7 +110,8 @@ class RecordQueue(Generic[T]):
     def _append(self, item: T, queue: deque[tuple[int, T]]) -> None:
         queue.append((self._next_number, item))
         self._next_number += 1
-        if self._is_taker_waiting:
+        is_pressing = queue is self._events or 2 * len(queue) >= self._capacity
+        if is_pressing and self._is_taker_waiting:
             # Cleared first, so that a handler which interrupts this does not notify once more.
             self._is_taker_waiting = False
             self._changed.notify()

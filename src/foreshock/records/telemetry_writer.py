@@ -56,7 +56,8 @@ class TelemetryWriter:
     arguments that are wrong.
 
     When `capacity` records wait, the oldest telemetry gives way to what is new. Records of any
-    other event are not lost for want of room (only beyond 65536 of them waiting).
+    other event are not lost for want of room (only beyond 65536 of them waiting), and are handed to
+    the system at once; telemetry may wait for a fifth of a second.
 
     An existing file is continued. What waits is written when the interpreter exits, if not before.
     In a forked child the writer writes nothing; open another one there.
@@ -74,7 +75,7 @@ class TelemetryWriter:
         IsADirectoryError: path is a directory.
         OSError: path cannot be opened for appending; the error names it.
 
-    Cost: one thread, asleep while there is nothing to write.
+    Cost: one thread, which looks for telemetry five times a second.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class TelemetryWriter:
         """How many records this writer has lost so far, for whatever reason."""
         return self._num_dropped
 
-    def write(self, event: str, step: int, **fields: object) -> None:
+    def write(self, /, event: str, step: int, **fields: object) -> None:
         """Queues one record, stamped with the present time, and returns at once.
 
         Args:

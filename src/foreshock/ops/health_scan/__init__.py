@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 
 from foreshock.ops._backend import choose
 from foreshock.ops._table import make_table
-from foreshock.ops._tensors import device_of, is_plain, local_tensors
+from foreshock.ops._tensors import as_list, device_of, is_plain, local_tensors
 from foreshock.ops.health_scan import register as register
 
 __all__ = ["HealthScanner", "HealthStats", "health_scan"]
@@ -41,7 +41,9 @@ class HealthStats:
     def from_packed(cls, packed: torch.Tensor) -> HealthStats:
         """Reads the columns of a packed result; nothing is copied."""
         counts = packed.view(torch.int64)
-        return cls(*counts.unbind(1)[:3], *packed.unbind(1)[3:], packed=packed)
+        numel, nan, inf = counts.unbind(1)[:3]
+        absmax, total, sumsq = packed.unbind(1)[3:]
+        return cls(numel, nan, inf, absmax, total, sumsq, packed)
 
     def clone(self) -> HealthStats:
         """A copy that a bound scanner's next scan does not overwrite."""
@@ -103,8 +105,7 @@ def health_scan(tensors: Iterable[torch.Tensor | None] | torch.Tensor) -> Health
         The formulas above; csrc/health_scan for how one read is enough.
     """
     if torch.compiler.is_compiling():
-        given = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
-        present = [torch.empty(0) if t is None else t for t in given]
+        present = [torch.empty(0) if t is None else t for t in as_list(tensors)]
         return HealthStats.from_packed(torch.ops.foreshock.health_scan(present))
     local = local_tensors(tensors)
     return HealthStats.from_packed(register.scan(local))
@@ -132,10 +133,10 @@ class HealthScanner:
     """
 
     def __init__(
-        self, tensors: Sequence[torch.Tensor | None], *, recheck: bool = True
+        self, tensors: Iterable[torch.Tensor | None] | torch.Tensor, *, recheck: bool = True
     ) -> None:
         self._recheck = recheck
-        self._bind([tensors] if isinstance(tensors, torch.Tensor) else list(tensors))
+        self._bind(as_list(tensors))
 
     def _bind(self, tensors: list[torch.Tensor | None]) -> None:
         local = local_tensors(tensors)

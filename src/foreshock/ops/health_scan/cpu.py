@@ -29,13 +29,10 @@ def bind(
     kernels = load_kernels()
     if isinstance(kernels, str):
         raise RuntimeError(kernels)
-    op = kernels.health_scan
     table = compiled_table(tensors)
-    plan = torch.empty(op.plan_bytes(table.address, len(table)), dtype=torch.uint8)
-    op.plan(table.address, len(table), plan.data_ptr())
-    scan = getattr(op, f"scan_{isa or active_isa()}")
-    bound = functools.partial(
-        scan, table.address, len(table), plan.data_ptr(), packed.data_ptr()
-    )
+    plan = torch.empty(kernels.health_scan_plan_bytes(table.address, len(table)), dtype=torch.uint8)
+    kernels.health_scan_plan(table.address, len(table), plan.data_ptr())
+    scan = getattr(kernels, f"health_scan_{isa or active_isa()}")
+    bound = functools.partial(scan, table.address, len(table), plan.data_ptr(), packed.data_ptr())
     bound.owns = (table, plan, packed)  # type: ignore[attr-defined]
     return bound

@@ -1,0 +1,53 @@
+# The only verbs: setup demo test lint bench docs gpu-check
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# A build folder remembers its compilers: another compiler, or another Python, gets another folder.
+TOOLCHAIN := $(shell { $(PYTHON) -VV; $${CXX:-c++} --version; nvcc --version; echo $$FORESHOCK_CUDA; } \
+	2>/dev/null | cksum | cut -d' ' -f1)
+BUILD := build/$(TOOLCHAIN)
+SOURCES := CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*)
+
+.PHONY: setup demo test lint bench docs gpu-check
+.DELETE_ON_ERROR:
+
+setup: $(BUILD)/.installed
+
+$(VENV)/.dependencies: constraints.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt scikit-build-core pybind11 cmake ninja
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation \
+		--config-settings=wheel.cmake=false --editable '.[triton,test,lint,docs]'
+	touch $@
+
+$(BUILD)/.installed: $(VENV)/.dependencies $(SOURCES)
+	$(BIN)/python -m pip install -q --no-build-isolation --no-deps \
+		--config-settings=build-dir=$(BUILD) --config-settings=cmake.define.FORESHOCK_WERROR=ON \
+		--editable .
+	touch $@
+
+demo: setup
+	$(BIN)/foreshock demo
+
+test: setup
+	FORESHOCK_STRICT=1 $(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*/*)
+	$(BIN)/pybind11-stubgen foreshock._kernels --output-dir $(BUILD)/stubs
+	diff $(BUILD)/stubs/foreshock/_kernels.pyi src/foreshock/_kernels.pyi
+
+bench: setup
+	$(BIN)/python -m pytest benchmarks/health_scan.py benchmarks/overhead.py --benchmark-only -q
+	$(BIN)/python -m benchmarks.tables
+
+docs: setup
+	$(BIN)/mkdocs build --strict
+
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check

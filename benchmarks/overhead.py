@@ -1,0 +1,189 @@
+"""What watching costs: whole training loops, step against step; see docs/overhead.md.
+
+Every loop trains its own copy of one GPT on the same batches. A round runs one step of each, so
+that all of them meet the machine in the same mood. Snapshots are due every 100 steps: their cost is
+timed by itself and spread over the interval, which is what throughput feels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import foreshock as fs
+from benchmarks import rows
+from benchmarks.interleave import time_in_turn
+from foreshock.drill.gpt import GPTConfig, Recipe, Run, build, next_token_loss
+
+SNAPSHOT_INTERVAL = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """A model and its batch."""
+
+    name: str
+    recipe: Recipe
+    rounds: int
+
+
+CPU_SIZE = Size(
+    "GPT of 10.7M parameters, 1024 tokens a step",
+    Recipe(model=GPTConfig(width=384, num_blocks=6, num_heads=6, context=128), batch_size=8),
+    rounds=41,
+)
+GPU_SIZE = Size(
+    "GPT of 124M parameters, 16384 tokens a step",
+    Recipe(model=GPTConfig(width=896, num_blocks=13, num_heads=14, context=512), batch_size=32),
+    rounds=61,
+)
+
+
+class Loop(NamedTuple):
+    """A training loop with a model of its own; `step()` runs one step."""
+
+    model: torch.nn.Module
+    step: Callable[[], object]
+
+
+def fresh(size: Size, device: str) -> Run:
+    run = build(0, size.recipe)
+    run.model.to(device)
+    return run
+
+
+def batches(run: Run, device: str) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+    ready = [tuple(t.to(device) for t in run.batches.batch_at(i)) for i in range(8)]
+    endless = itertools.cycle(ready)
+    return lambda: next(endless)  # type: ignore[return-value]
+
+
+def backward(run: Run, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    run.optimizer.zero_grad()
+    loss = next_token_loss(run.model(batch[0]), batch[1])
+    loss.backward()
+    return loss
+
+
+def plain(size: Size, device: str, max_norm: float | None) -> Loop:
+    run = fresh(size, device)
+    draw = batches(run, device)
+
+    def step() -> None:
+        backward(run, draw())
+        if max_norm is not None:
+            torch.nn.utils.clip_grad_norm_(run.model.parameters(), max_norm)
+        run.optimizer.step()
+
+    return Loop(run.model, step)
+
+
+def watched(size: Size, device: str, max_norm: float | None, mode: str, out_dir: Path) -> Loop:
+    """Ours, everything on at its default cadence but the snapshots, which are timed apart."""
+    run = fresh(size, device)
+    draw = batches(run, device)
+    guard = fs.Guard(mode=mode, snapshot_interval=10**9)  # type: ignore[arg-type]
+    monitor = fs.Monitor(run.model, run.optimizer, out_dir, guard)
+
+    def step() -> None:
+        loss = backward(run, draw())
+        if max_norm is not None:
+            monitor.clip_grad_norm_(max_norm)
+        assert monitor.step(loss)
+        run.optimizer.step()
+
+    return Loop(run.model, step)
+
+
+def checked_one_by_one(size: Size, device: str, max_norm: float) -> Loop:
+    """The guard that people write: isnan of every gradient and parameter, with .item()."""
+    run = fresh(size, device)
+    draw = batches(run, device)
+
+    def step() -> None:
+        backward(run, draw())
+        for p in run.model.parameters():
+            assert p.grad is not None
+            if torch.isnan(p.grad).any().item() or torch.isnan(p).any().item():
+                raise FloatingPointError("NaN")
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), max_norm)
+        run.optimizer.step()
+
+    return Loop(run.model, step)
+
+
+def snapshot_variants(size: Size, device: str, folder: Path) -> dict[str, Callable[[], object]]:
+    """One snapshot each: in memory and verified, as ours are, and by torch.save to disk."""
+    run = fresh(size, device)
+    backward(run, batches(run, device)())
+    run.optimizer.step()
+    monitor = fs.Monitor(run.model, run.optimizer, folder / "snapshots", fs.Guard(mode="recover"))
+    step = itertools.count()
+
+    def save() -> None:
+        state = {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}
+        torch.save(state, folder / "checkpoint.pt")
+
+    return {
+        "snapshot, foreshock": lambda: monitor._ring.take(next(step)),
+        "snapshot, torch.save": save,
+    }
+
+
+def measure(benchmark: Any, size: Size, device: str, folder: Path) -> dict[str, dict[str, Any]]:
+    max_norm = size.recipe.max_norm
+    loops = {
+        "plain loop": plain(size, device, None),
+        "plain loop with clip": plain(size, device, max_norm),
+        "foreshock observe": watched(size, device, None, "observe", folder / "a"),
+        "foreshock observe with clip": watched(size, device, max_norm, "observe", folder / "b"),
+        "foreshock recover with clip": watched(size, device, max_norm, "recover", folder / "c"),
+        "isnan of each tensor, with clip": checked_one_by_one(size, device, max_norm),
+    }
+    timings = time_in_turn(
+        benchmark,
+        {name: loop.step for name, loop in loops.items()} | snapshot_variants(size, device, folder),
+        rounds=size.rounds,
+        device=device,
+        slow={"snapshot, foreshock": 7, "snapshot, torch.save": 7},
+    )
+    bare, clipped = timings["plain loop"].median_ms, timings["plain loop with clip"].median_ms
+    found = {}
+    for name, timing in timings.items():
+        row = dict(vars(timing))
+        if name.startswith("snapshot"):
+            row["percent"] = 100 * timing.median_ms / SNAPSHOT_INTERVAL / clipped
+        else:
+            base = clipped if "clip" in name else bare
+            row["percent"] = 100 * (timing.median_ms / base - 1)
+        found[name] = row
+    return found
+
+
+def test_overhead_on_the_cpu(benchmark: Any, tmp_path: Path) -> None:
+    rows.store("overhead", CPU_SIZE.name, "cpu", measure(benchmark, CPU_SIZE, "cpu", tmp_path))
+
+
+@pytest.mark.gpu
+def test_overhead_on_the_gpu(benchmark: Any, tmp_path: Path) -> None:
+    rows.store("overhead", GPU_SIZE.name, "cuda", measure(benchmark, GPU_SIZE, "cuda", tmp_path))
+
+
+def test_the_watched_loop_learns_the_same(benchmark: Any) -> None:
+    """The answer first: watching changes no bit of what is learned."""
+    small = dataclasses.replace(
+        CPU_SIZE, recipe=Recipe(model=GPTConfig(width=32, num_blocks=1, num_heads=2, context=16))
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        left = plain(small, "cpu", None)
+        right = watched(small, "cpu", None, "observe", Path(folder))
+        benchmark.pedantic(lambda: (left.step(), right.step()), rounds=3)
+    pairs = zip(left.model.parameters(), right.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)

@@ -1,0 +1,152 @@
+"""The command line: `foreshock --help`."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from foreshock.drill.demo import FILES, DemoOptions, DemoResult, run_demo
+from foreshock.monitor import Verdict
+from foreshock.ops._backend import active_isa, explain, list_ops, load_kernels
+
+app = typer.Typer(
+    help="Watches a PyTorch training run from inside and keeps it alive.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def demo(
+    guard: Annotated[bool, typer.Option(help="Let the guard act, or let the run die.")] = True,
+    inject_nan: Annotated[bool, typer.Option(help="Make one weight NaN during the run.")] = True,
+    strike_step: Annotated[int, typer.Option(help="Step at which it does.", min=0)] = 50,
+    steps: Annotated[int, typer.Option(help="Steps to train.", min=1)] = 200,
+    out_dir: Annotated[
+        Path | None, typer.Option(help="Directory for the files; default runs/demo-<time>.")
+    ] = None,
+) -> None:
+    """Train a small GPT on Python's documentation, lose a weight to NaN, and carry on.
+
+    Exit code 0 if everything happened that should have, 1 if not.
+    """
+    if inject_nan and strike_step >= steps:
+        raise typer.BadParameter(f"is {strike_step}; accepted: less than --steps, {steps}")
+    logging.getLogger("foreshock").setLevel(logging.ERROR)  # the demo tells the story itself
+    console = Console()
+    options = DemoOptions(
+        steps=steps,
+        out_dir=out_dir or Path(f"runs/demo-{datetime.now():%Y%m%d-%H%M%S}"),
+        is_guarded=guard,
+        strike_step=strike_step if inject_nan else None,
+    )
+    begun = time.perf_counter()
+    columns = (
+        TextColumn("[bold]training a small GPT"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=steps, loss="-")
+        told: list[int] = []  # without a guard every later step is bad too
+
+        def show(step: int, loss: float, verdict: Verdict) -> None:
+            progress.update(task, completed=step + 1, loss=f"{loss:.3f}")
+            if verdict.reasons and not told:
+                told.append(step)
+                progress.console.print(f"[red]step {step}:[/] {verdict.offender or 'bad loss'}")
+
+        result = run_demo(options, show)
+    _tell(console, options, result, time.perf_counter() - begun)
+    if result.broken_promises:
+        raise typer.Exit(1)
+
+
+def _tell(console: Console, options: DemoOptions, result: DemoResult, seconds: float) -> None:
+    """The story of the run, and where it is written."""
+    guard, overhead = result.summary["guard"], result.summary["overhead"]
+    last = max(result.losses)
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    if result.anomalies:
+        first = result.anomalies[0]
+        reasons = ", ".join(reason.value for reason in first.reasons)
+        table.add_row("what struck", f"{reasons} at step {first.step}")
+        table.add_row("where", str(first.offender))
+        for event in result.rollbacks:
+            did = (
+                f"update withheld, state of step {event['to_step']} restored, "
+                f"learning rate x {event['lr_factor']:g}, returning to x 1"
+            )
+            table.add_row("what was done", did)
+        if not options.is_guarded:
+            table.add_row("what was done", f"nothing; with the guard: {first.action.value}")
+    table.add_row("rollbacks", f"{guard['total_rollbacks']}")
+    table.add_row("recoveries", f"{guard['total_recoveries']}")
+    table.add_row("integrity", guard["integrity_status"])
+    table.add_row("overhead", f"{overhead['mean_ms']:.2f} ms a step, {overhead['percent']:.2f} %")
+    table.add_row("loss", f"{result.losses[min(result.losses)]:.3f} -> {result.losses[last]:.3f}")
+    table.add_row("steps", f"{len(result.losses)} in {seconds:.1f} s")
+    if result.sample is not None:
+        table.add_row("the model says", result.sample)
+    elif math.isnan(result.losses[last]):
+        table.add_row("the model says", "nothing: every prediction is NaN")
+    for name, content in FILES.items():
+        table.add_row("file", f"{options.out_dir / name}  ({content})")
+    console.print()
+    console.print(table)
+    for promise in result.broken_promises:
+        console.print(f"[red]did not happen:[/] {promise}")
+
+
+_SWITCHES = ("FORESHOCK_BACKEND", "FORESHOCK_ISA", "FORESHOCK_STRICT")
+
+
+@app.command()
+def info() -> None:
+    """Print which implementation of each op runs here, and why the others do not."""
+    import torch
+
+    import foreshock
+
+    console = Console()
+    kernels = load_kernels()
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("foreshock", foreshock.__version__)
+    table.add_row("torch", torch.__version__)
+    if isinstance(kernels, str):
+        table.add_row("compiled kernels", f"none: {kernels}")
+    else:
+        isas = [
+            f"{name}{'' if usable else ' (not on this CPU)'}" for name, usable in kernels.isas()
+        ]
+        table.add_row("compiled kernels", str(kernels.__file__))
+        table.add_row("instruction sets", f"{', '.join(isas)}; in use: {active_isa()}")
+        table.add_row("threads", str(kernels.thread_count()))
+    for switch in _SWITCHES:
+        if switch in os.environ:
+            table.add_row(switch, os.environ[switch])
+    for op in list_ops():
+        for device in ("cpu", "cuda"):
+            for backend, said in explain(op, device).items():
+                table.add_row(f"{op} on {device}", f"{backend}: {said}")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    app()
