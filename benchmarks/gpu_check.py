@@ -130,7 +130,7 @@ def main() -> int:
         print("== skipped although there is a GPU:", *skipped, sep="\n   ")
         results.append(False)
     names = [str(ROOT / "benchmarks" / f"{name}.py") for name in ("health_scan", "overhead")]
-    bench = [*pytest, *settings, "--benchmark-only", "-m", "gpu", *names]
+    bench = [*pytest, *settings, "--benchmark-only", "-W", "default", "-m", "gpu", *names]
     results.append(run("benchmarks", bench, began, **strict))
     rest = [*pytest, *settings, "-n", "8", "-m", "not gpu", str(ROOT / "tests")]
     results.append(run("all other tests", rest, began, FORESHOCK_STRICT="1"))

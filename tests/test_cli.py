@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import subprocess
@@ -21,9 +22,14 @@ from foreshock.records import read_summary, read_telemetry
 TINY = Recipe(model=GPTConfig(context=16, width=32, num_blocks=3, num_heads=2), batch_size=4)
 
 
-def options(out_dir: Path, **changes: object) -> demo.DemoOptions:
-    tiny = demo.DemoOptions(steps=30, out_dir=out_dir, strike_step=14, recipe=TINY)
+def options(out: Path, **changes: object) -> demo.DemoOptions:
+    tiny = demo.DemoOptions(steps=30, out_dir=out, strike_step=14, recipe=TINY)
     return dataclasses.replace(tiny, **changes)  # type: ignore[arg-type]
+
+
+def tiny_options(out: Path, **typed: object) -> demo.DemoOptions:
+    """What was typed, with a tiny model and a folder of the test's."""
+    return options(out, **typed | {"out_dir": out})
 
 
 def run(given: demo.DemoOptions) -> demo.DemoResult:
@@ -69,7 +75,7 @@ def test_a_demo_that_breaks_its_promise_says_so(
 
 
 def test_the_demo_command_tells_the_story(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "DemoOptions", lambda **given: options(tmp_path, **given))
+    monkeypatch.setattr(cli, "DemoOptions", functools.partial(tiny_options, tmp_path))
     typed = ["demo", "--steps", "20", "--strike-step", "14", "--out-dir", str(tmp_path)]
     done = CliRunner().invoke(cli.app, typed, env={"COLUMNS": "200"})
     assert done.exit_code == 0, done.output
@@ -87,7 +93,7 @@ def test_the_demo_command_tells_the_story(tmp_path: Path, monkeypatch: pytest.Mo
 def test_the_demo_command_fails_if_its_promise_is_broken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "DemoOptions", lambda **given: options(tmp_path, **given))
+    monkeypatch.setattr(cli, "DemoOptions", functools.partial(tiny_options, tmp_path))
     monkeypatch.setattr(demo, "strike", lambda model: None)
     done = CliRunner().invoke(cli.app, ["demo", "--steps", "20", "--strike-step", "14"])
     assert done.exit_code == 1
