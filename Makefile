@@ -47,7 +47,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.tables
 
 docs: setup
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check

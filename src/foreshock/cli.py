@@ -94,9 +94,12 @@ def _tell(console: Console, options: DemoOptions, result: DemoResult, seconds: f
             table.add_row("what was done", did)
         if not options.is_guarded:
             table.add_row("what was done", f"nothing; with the guard: {first.action.value}")
-    table.add_row("rollbacks", f"{guard['total_rollbacks']}")
-    table.add_row("recoveries", f"{guard['total_recoveries']}")
-    table.add_row("integrity", guard["integrity_status"])
+    if options.is_guarded:
+        table.add_row("rollbacks", f"{guard['total_rollbacks']}")
+        table.add_row("recoveries", f"{guard['total_recoveries']}")
+        table.add_row("integrity", guard["integrity_status"])
+    else:
+        table.add_row("bad steps seen", f"{guard['anomalies_seen']}")
     table.add_row("overhead", f"{overhead['mean_ms']:.2f} ms a step, {overhead['percent']:.2f} %")
     table.add_row("loss", f"{result.losses[min(result.losses)]:.3f} -> {result.losses[last]:.3f}")
     table.add_row("steps", f"{len(result.losses)} in {seconds:.1f} s")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -17,13 +17,16 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
+    accepted_beside: ClassVar[tuple[str, ...]] = ()
+    """Arguments that the owner of these settings takes itself; suggested like the fields."""
+
     @model_validator(mode="before")
     @classmethod
     def _suggest_known_key(cls, given: Any) -> Any:
         for key in given if isinstance(given, dict) else ():
             if key not in cls.model_fields:
-                near = difflib.get_close_matches(str(key), cls.model_fields, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else ""
-                known = ", ".join(cls.model_fields)
-                raise ValueError(f"unknown key {key!r}; {hint or f'accepted: {known}'}")
+                known = [*cls.accepted_beside, *cls.model_fields]
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"accepted: {', '.join(known)}"
+                raise ValueError(f"unknown key {key!r}; {hint}")
         return given

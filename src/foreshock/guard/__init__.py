@@ -1,5 +1,6 @@
 """Withholds bad updates, keeps copies of good state, and decides when to return to one."""
 
+from foreshock.guard.clipping import clip_gradients
 from foreshock.guard.configuration import Guard
 from foreshock.guard.events import (
     Aborted,
@@ -12,23 +13,29 @@ from foreshock.guard.events import (
     RolledBack,
     SnapshotDropped,
     UpdateSkipped,
+    Verdict,
 )
-from foreshock.guard.inspection import Inspector
+from foreshock.guard.history import RESERVED_NAMES, History
+from foreshock.guard.inspection import Finding, Inspector, inspect_gradients, inspect_weights
 from foreshock.guard.learning_rate import LearningRateBackoff
 from foreshock.guard.policy import Decision, Policy, Signs
 from foreshock.guard.replay import BatchSource, BufferedSource, make_source
 from foreshock.guard.snapshots import Snapshot, SnapshotRing
 from foreshock.guard.state import (
-    ModelState,
+    GradientState,
+    NamedTensors,
     OptimizerState,
     Part,
     RandomState,
     Stateful,
     StatefulPart,
+    named_parameters,
 )
 from foreshock.guard.step_gate import StepGate
+from foreshock.guard.watch import Watch
 
 __all__ = [
+    "RESERVED_NAMES",
     "Aborted",
     "Action",
     "AnomalySeen",
@@ -36,10 +43,13 @@ __all__ = [
     "BufferedSource",
     "Decision",
     "Event",
+    "Finding",
+    "GradientState",
     "Guard",
+    "History",
     "Inspector",
     "LearningRateBackoff",
-    "ModelState",
+    "NamedTensors",
     "Offender",
     "OptimizerState",
     "Part",
@@ -56,5 +66,11 @@ __all__ = [
     "StatefulPart",
     "StepGate",
     "UpdateSkipped",
+    "Verdict",
+    "Watch",
+    "clip_gradients",
+    "inspect_gradients",
+    "inspect_weights",
     "make_source",
+    "named_parameters",
 ]

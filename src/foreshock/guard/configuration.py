@@ -23,17 +23,19 @@ class Guard(Settings):
     depth: PositiveInt = 3
     """Snapshots kept; each is a full copy of model, optimizer and registered state in memory."""
     clean_steps: NonNegativeInt = 2
-    """Clean steps that must follow a snapshot before it may be restored."""
+    """Clean steps, each with an update, that must follow a snapshot before it may be restored."""
     min_depth: NonNegativeInt = 0
     """Steps that a snapshot must be old to be restored."""
     check_interval: PositiveInt = 1
     """Steps between scans of the parameters; gradients are scanned at every step."""
     violation_threshold: PositiveFloat = 1e6
-    """A loss over this is a violation: the state counts as bad."""
+    """A finite loss over this is a violation: the state counts as bad."""
     max_consecutive_skips: PositiveInt = 3
-    """Updates withheld in a row before the state counts as bad."""
+    """The last of so many bad updates in a row is a sign of a bad state: recover mode rolls back,
+    skip mode, which cannot, tells training to stop."""
     max_rollbacks: NonNegativeInt = 3
-    """Rollbacks allowed within `rollback_window`; one more aborts the run."""
+    """Rollbacks allowed within `rollback_window`, and before a failing step has been passed; one
+    more aborts the run."""
     rollback_window: PositiveInt = 200
     """Steps, as they were run, over which rollbacks are counted."""
     lr_backoff: float = Field(default=0.5, gt=0, le=1)

@@ -44,6 +44,23 @@ class Offender:
 
 
 @dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What the monitor says of a step; true while training should go on."""
+
+    step: int
+    """The step that this is about."""
+    action: Action = Action.CONTINUE
+    """What was done about it; in observe mode, what would have been done."""
+    reasons: tuple[Reason, ...] = ()
+    offender: Offender | None = None
+    """The first tensor found with a value that is not finite."""
+    should_go_on: bool = True
+
+    def __bool__(self) -> bool:
+        return self.should_go_on
+
+
+@dataclasses.dataclass(frozen=True)
 class UpdateSkipped:
     """An update was withheld: parameters, moments and step counts are what they were."""
 

@@ -2,25 +2,75 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 
 from foreshock.guard.events import Offender
-from foreshock.ops import HealthScanner, HealthStats
+from foreshock.ops import HealthScanner, HealthStats, health_scan
 
 Kind = Literal["parameter", "buffer", "gradient"]
+Tensors = list[torch.Tensor | None]
+
+_SCANNED_DTYPES = frozenset(
+    {
+        torch.float64,
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+        torch.complex128,
+        torch.complex64,
+    }
+)
+
+
+def can_scan(tensor: torch.Tensor) -> bool:
+    """Whether an inspection can read a tensor; integers have no NaN, and float4 no kernel."""
+    return tensor.dtype in _SCANNED_DTYPES
+
+
+def readable(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """The tensor, or a dense and real one with the same values."""
+    if tensor is None:
+        return None
+    if tensor.is_sparse:
+        # Rows that come more than once are summed first, as the optimizer does.
+        tensor = tensor.detach().coalesce()._values()
+    return torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor
 
 
 class Finding(NamedTuple):
-    """What one inspection found; tensors on the device of the first inspected tensor."""
+    """What one inspection found in all tensors together."""
 
-    has_nonfinite: torch.Tensor
-    """bool ()."""
-    total_norm: torch.Tensor
-    """float64 (): L2 norm of the finite elements of all tensors."""
+    nan: int = 0
+    """Elements that are NaN."""
+    inf: int = 0
+    """Elements that are infinite."""
+    sumsq: float = 0.0
+    """Sum of squares of the finite elements."""
+
+    @property
+    def has_nonfinite(self) -> bool:
+        """Whether any element is NaN or infinite."""
+        return self.nan + self.inf > 0
+
+    @property
+    def finite_norm(self) -> float:
+        """L2 norm of the finite elements."""
+        return math.sqrt(self.sumsq)
+
+    @property
+    def norm(self) -> float:
+        """L2 norm of all elements: NaN if one is, else infinite if one is."""
+        if self.nan:
+            return math.nan
+        return math.inf if self.inf else math.sqrt(self.sumsq)
 
 
 class Inspector:
@@ -28,43 +78,47 @@ class Inspector:
 
     Args:
         kinds: kind of each tensor, by name; the order of names decides which offender is first.
+        get: gives the tensors in the order of their names, None where there is none now.
     """
 
-    def __init__(self, kinds: Mapping[str, Kind]) -> None:
+    def __init__(self, kinds: Mapping[str, Kind], get: Callable[[], Tensors]) -> None:
         self._kinds = list(kinds.items())
-        self._scanners: dict[torch.device | None, HealthScanner] = {}
+        self._get = get
+        self._groups: list[tuple[list[int], HealthScanner]] = []
+        self._is_readable_as_is = True
         self._found: list[tuple[list[int], HealthStats]] = []
 
-    def inspect(self, tensors: Sequence[torch.Tensor | None]) -> Finding:
-        """Scans the tensors, given in the order of their names (None where there is none now).
+    def inspect(self) -> Finding:
+        """Scans the tensors as they are now.
 
-        Cost: one read, a launch or two per device, no synchronisation.
+        Cost: one read, a launch or two and one synchronisation per device.
         """
-        places: dict[torch.device | None, list[int]] = defaultdict(list)
-        for i, tensor in enumerate(tensors):
-            places[None if tensor is None else tensor.device].append(i)
-        places.pop(None, None)
-        self._found = [
-            (where, self._scan(device, [tensors[i] for i in where]))
-            for device, where in places.items()
-        ]
-        if not self._found:
-            return Finding(torch.tensor(False), torch.zeros((), dtype=torch.float64))
-        home = self._found[0][1].sumsq.device
-        nonfinite = [stats.nonfinite.sum().to(home) for _, stats in self._found]
-        sumsq = [stats.sumsq.sum().to(home) for _, stats in self._found]
-        return Finding(torch.stack(nonfinite).sum() > 0, torch.stack(sumsq).sum().sqrt())
+        tensors = self._get()
+        if not self._is_readable_as_is:
+            tensors = [readable(t) for t in tensors]
+        try:
+            self._scan(tensors)
+        except (TypeError, ValueError):
+            # Sparse or complex ones among them, or on other devices than before.
+            dense = [readable(t) for t in tensors]
+            self._is_readable_as_is = all(map(operator.is_, dense, tensors))
+            self._groups = _group_by_device(dense)
+            self._scan(dense)
+        return _total([stats for _, stats in self._found])
 
-    def _scan(
-        self, device: torch.device | None, tensors: list[torch.Tensor | None]
-    ) -> HealthStats:
-        scanner = self._scanners.get(device)
-        if scanner is None:
-            scanner = self._scanners[device] = HealthScanner(tensors)
-        return scanner(tensors)
+    def _scan(self, tensors: Tensors) -> None:
+        if not self._groups:
+            self._groups = _group_by_device(tensors)
+        if len(self._groups) == 1:
+            where, scanner = self._groups[0]
+            self._found = [(where, scanner(tensors))]
+        else:
+            self._found = [
+                (where, scanner([tensors[i] for i in where])) for where, scanner in self._groups
+            ]
 
     def find_offender(self) -> Offender | None:
-        """The first tensor of the last inspection that is not finite. Synchronises."""
+        """The first tensor of the last inspection that is not finite."""
         bad: dict[int, tuple[int, int, int]] = {}
         for where, stats in self._found:
             rows = torch.stack([stats.nan, stats.inf, stats.numel], dim=1).tolist()
@@ -75,3 +129,62 @@ class Inspector:
         name, kind = self._kinds[first]
         nan, inf, numel = bad[first]
         return Offender(kind, name, nan, inf, numel)
+
+
+def _group_by_device(tensors: Tensors) -> list[tuple[list[int], HealthScanner]]:
+    """Places of the tensors of each device; those that stand empty go with the first."""
+    places: dict[torch.device | None, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        places.setdefault(None if tensor is None else tensor.device, []).append(i)
+    empty = places.pop(None, [])
+    groups = list(places.values()) or [[]]
+    groups[0] = sorted([*groups[0], *empty])
+    return [(where, HealthScanner([tensors[i] for i in where])) for where in groups]
+
+
+def _total(found: Sequence[HealthStats]) -> Finding:
+    nan = inf = 0
+    sumsq = 0.0
+    for stats in found:
+        # One transfer, and NumPy's sums: a tenth of the time of PyTorch's on so few numbers.
+        values = stats.packed.cpu().numpy()
+        more_nan, more_inf = np.add.reduce(values.view(np.int64)[:, 1:3]).tolist()
+        nan, inf = nan + more_nan, inf + more_inf
+        sumsq += float(np.add.reduce(values[:, 5]))
+    return Finding(nan, inf, sumsq)
+
+
+def inspect_gradients(parameters: Mapping[str, torch.Tensor]) -> Inspector:
+    """An inspector of the gradients that these parameters have at each inspection."""
+    owners = list(parameters.values())
+    return Inspector(dict.fromkeys(parameters, "gradient"), lambda: [p.grad for p in owners])
+
+
+def inspect_weights(
+    model: torch.nn.Module, parameters: Mapping[str, torch.Tensor]
+) -> tuple[Inspector, list[str]]:
+    """An inspector of the parameters and of the model's floating-point buffers.
+
+    Returns:
+        The inspector, and the names of buffers that it leaves alone: a mask of -inf, the bounds of
+        an observer and the like, which hold such values before anything could go wrong.
+    """
+    watched = {name: p for name, p in parameters.items() if can_scan(p)}
+    owners = list(watched.values())
+    kinds: dict[str, Kind] = dict.fromkeys(watched, "parameter")
+    places: list[tuple[dict[str, torch.Tensor | None], str]] = []
+    left_alone = []
+    for name, buffer in model.named_buffers():
+        if not can_scan(buffer):
+            continue
+        if bool(health_scan([readable(buffer)]).nonfinite.any()):
+            left_alone.append(name)
+            continue
+        kinds[name] = "buffer"
+        owner, _, own_name = name.rpartition(".")
+        # Looked up anew each time, since modules assign new tensors to their buffers.
+        places.append((model.get_submodule(owner)._buffers, own_name))
+    inspector = Inspector(
+        kinds, lambda: [*owners, *(buffers.get(name) for buffers, name in places)]
+    )
+    return inspector, left_alone

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ class LearningRateBackoff:
         self._backoff = backoff
         self._recovery_steps = recovery_steps
         self._lowest = 1.0
-        self._updates = 0
+        self._updates = recovery_steps
 
     @property
     def factor(self) -> float:
@@ -41,36 +42,27 @@ class LearningRateBackoff:
 
     @contextlib.contextmanager
     def applied_to(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-        """Holds the factor on all parameter groups; counts an update."""
-        factor = self.factor
-        if factor == 1.0:
-            yield
-            return
-        groups = optimizer.param_groups
-        kept = [_scaled(group, factor) for group in groups]
+        """Holds the factor on all parameter groups while one update runs, and counts it."""
+        kept = [(group, group["lr"]) for group in optimizer.param_groups if "lr" in group]
+        # Groups may share one tensor, which must be scaled once.
+        shared = {id(rate): rate for _, rate in kept if isinstance(rate, torch.Tensor)}
+        values = [(rate, rate.clone()) for rate in shared.values()]
         try:
+            for rate in shared.values():
+                rate.mul_(self.factor)  # in place: a captured graph reads this very tensor
+            for group, rate in kept:
+                if not isinstance(rate, torch.Tensor) and rate is not None:
+                    group["lr"] = rate * self.factor
             yield
+            self._updates += 1
         finally:
-            for group, rate in zip(groups, kept, strict=True):
-                _set(group, rate)
-        self._updates += 1
+            _put_back(kept, values)
 
 
-def _scaled(group: dict[str, object], factor: float) -> object:
-    """Scales a group's rate and returns what it was."""
-    rate = group["lr"]
-    if isinstance(rate, torch.Tensor):
-        kept = rate.clone()
-        rate.mul_(factor)  # in place: a captured graph reads this very tensor
-        return kept
-    assert isinstance(rate, float | int)
-    group["lr"] = rate * factor
-    return rate
-
-
-def _set(group: dict[str, object], rate: object) -> None:
-    now = group["lr"]
-    if isinstance(now, torch.Tensor) and isinstance(rate, torch.Tensor):
-        now.copy_(rate)
-    else:
+def _put_back(
+    kept: list[tuple[dict[str, Any], Any]], values: list[tuple[torch.Tensor, torch.Tensor]]
+) -> None:
+    for group, rate in kept:
         group["lr"] = rate
+    for rate, value in values:
+        rate.copy_(value)

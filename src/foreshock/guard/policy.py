@@ -31,34 +31,53 @@ class Decision:
 class Policy:
     """Decides, and keeps count of what it has decided.
 
-    Time is counted in steps as they are run, so that a run which is rolled back over and over does
-    not escape the count by never getting older.
+    Rollbacks are counted over steps as they are run, so that a run which is sent back over and over
+    does not escape the count by never getting older; and those since the failing step was last
+    passed are counted however long ago they were, so that no step is retried for ever.
+
+    Args:
+        guard: what may be done, and how often.
     """
 
     def __init__(self, guard: Guard) -> None:
         self._guard = guard
         self._run_steps = 0
-        self._consecutive_skips = 0
+        self._bad_updates = 0
         self._rollbacks: deque[int] = deque()
+        self._rollbacks_unpassed = 0
 
     def decide(self, signs: Signs, can_roll_back: Callable[[], bool]) -> Decision:
-        """What the configured mode does about a step that showed these signs.
+        """What the configured mode does, or in observe mode would do, about a step.
 
         Args:
-            signs: what was seen.
-            can_roll_back: whether there is a snapshot that may be restored; asked only if it matters.
+            signs: what the step showed.
+            can_roll_back: whether there is a snapshot that may be restored; asked only if it
+                matters.
         """
         self._run_steps += 1
         reasons = self._reasons(signs)
         if not reasons:
-            self._consecutive_skips = 0
             return Decision(Action.CONTINUE)
-        self._consecutive_skips += 1
-        if self._consecutive_skips >= self._guard.max_consecutive_skips:
+        if self._bad_updates + 1 >= self._guard.max_consecutive_skips:
             reasons = (*reasons, Reason.CONSECUTIVE_SKIPS)
-        if self._guard.mode == "skip" or not self._is_state_bad(reasons):
-            return Decision(Action.SKIP, reasons)
-        return self._roll_back_or_abort(reasons, can_roll_back)
+        if self._guard.mode == "skip":
+            # There is nothing to return to, and nothing is retried for ever.
+            is_hopeless = Reason.CONSECUTIVE_SKIPS in reasons
+            return Decision(Action.ABORT if is_hopeless else Action.SKIP, reasons)
+        if self._is_state_bad(reasons):
+            return self._roll_back_or_abort(reasons, can_roll_back)
+        return Decision(Action.SKIP, reasons)
+
+    def note_update(self, is_bad: bool) -> None:
+        """The optimizer was called in a step that was judged.
+
+        Bad steps without an update, as within a gradient accumulation, are no skips.
+        """
+        self._bad_updates = self._bad_updates + 1 if is_bad else 0
+
+    def note_recovery(self) -> None:
+        """The step that had failed was passed."""
+        self._rollbacks_unpassed = 0
 
     def _reasons(self, signs: Signs) -> tuple[Reason, ...]:
         reasons = []
@@ -83,10 +102,11 @@ class Policy:
         oldest = self._run_steps - self._guard.rollback_window
         while self._rollbacks and self._rollbacks[0] < oldest:
             self._rollbacks.popleft()
-        if len(self._rollbacks) >= self._guard.max_rollbacks:
+        if max(len(self._rollbacks), self._rollbacks_unpassed) >= self._guard.max_rollbacks:
             return Decision(Action.ABORT, (*reasons, Reason.TOO_MANY_ROLLBACKS))
         if not can_roll_back():
             return Decision(Action.ABORT, (*reasons, Reason.NO_SNAPSHOT))
         self._rollbacks.append(self._run_steps)
-        self._consecutive_skips = 0
+        self._rollbacks_unpassed += 1
+        self._bad_updates = 0
         return Decision(Action.ROLL_BACK, reasons)

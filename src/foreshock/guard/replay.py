@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import logging
 from collections import deque
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
-from foreshock.guard.state import RandomState, Stateful, copy_out
+import torch
+
+from foreshock.guard.containers import copy_out, tensors_in
+from foreshock.guard.state import RandomState, Stateful
+
+_log = logging.getLogger("foreshock")
+
+_MUCH_MEMORY_BYTES = 1 << 30
 
 
 def make_source(loader: Iterable[Any], epochs: int, *, keeps_batches: bool) -> BatchSource:
@@ -62,6 +72,10 @@ class BatchSource:
             except StopIteration:
                 self._iterator = None
                 self._epoch += 1
+                self._note_epoch_end()
+
+    def _note_epoch_end(self) -> None:
+        """The loader has just said that an epoch is over."""
 
     def capture(self) -> Any:
         """Where the source is."""
@@ -71,61 +85,140 @@ class BatchSource:
         """Sends the source back to where it was."""
         raise NotImplementedError
 
+    def forget_before(self, index: int) -> None:
+        """It will not be sent back to before this batch any more."""
+
 
 class ResumableSource(BatchSource):
     """Of a loader that has state_dict and load_state_dict."""
 
     _loader: Any
 
+    def __init__(self, loader: Iterable[Any], epochs: int) -> None:
+        super().__init__(loader, epochs)
+        self._last_captured: dict[str, Any] = {"index": -1}
+
     def capture(self) -> Any:
+        self._last_captured = {"index": self.index, "place": self._place(), "after_end": None}
+        return self._last_captured
+
+    def _place(self) -> dict[str, Any]:
         return {
-            "index": self.index,
             "epoch": self._epoch,
             "is_within": self._iterator is not None,
             "loader": copy_out(self._loader.state_dict()),
         }
 
+    def _note_epoch_end(self) -> None:
+        if self._last_captured["index"] == self.index:
+            self._last_captured["after_end"] = self._place()
+
     def restore(self, saved: Any) -> None:
-        self.index, self._epoch = saved["index"], saved["epoch"]
-        self._loader.load_state_dict(copy_out(saved["loader"]))
+        self.index = saved["index"]
+        self._go_to(saved["place"])
+        if saved["after_end"] is None:
+            return
+        # It was captured after the last batch of an epoch. From there some loaders resume with the
+        # end of that epoch, and some with the next one, which would make one epoch too many.
+        if self._is_at_end():
+            self._iterator = None
+            self._epoch += 1
+        else:
+            self._go_to(saved["after_end"])
+
+    def _go_to(self, place: Mapping[str, Any]) -> None:
+        self._epoch = place["epoch"]
+        self._loader.load_state_dict(copy_out(place["loader"]))
         self._iterator = None
-        if saved["is_within"]:
+        if place["is_within"]:
             # Within an epoch no iterator was made in the first run, so none may draw a seed now.
-            generators = RandomState()
-            before = generators.capture()
-            self._iterator = iter(self._loader)
-            generators.restore(before)
+            with _unmoved_generators():
+                self._iterator = iter(self._loader)
+
+    def _is_at_end(self) -> bool:
+        end = object()
+        with _unmoved_generators():
+            return self._iterator is None or next(self._iterator, end) is end
+
+
+@contextlib.contextmanager
+def _unmoved_generators() -> Iterator[None]:
+    """Puts the random generators back to where they were."""
+    generators = RandomState()
+    before = generators.capture()
+    yield
+    generators.restore(before)
+
+
+class _Kept(NamedTuple):
+    batch: Any
+    versions: tuple[int, ...]
+    """How often each tensor had been written to when it was handed out."""
+    generators_after: Any
+    """What drawing the batch left the random generators at."""
 
 
 class BufferedSource(BatchSource):
-    """Of any other loader: keeps the batches since the oldest snapshot, with what drawing each of
-    them did to the random generators.
+    """Of any other loader: keeps the batches since the oldest snapshot.
+
+    Containers are handed out as shallow copies, so that a training loop may take entries out of
+    them. Tensors are not copied until one is found to have been changed in place.
     """
 
     def __init__(self, loader: Iterable[Any], epochs: int, *, keeps_batches: bool) -> None:
         super().__init__(loader, epochs)
         self._keeps_batches = keeps_batches
         self._generators = RandomState()
-        self._kept: deque[tuple[Any, Any]] = deque()
+        self._kept: deque[_Kept] = deque()
         self._first_kept = 0
+        self._must_clone = False
+        self._kept_bytes = 0
+        self._has_warned_of_memory = False
 
     def _fetch(self) -> Any:
         at = self.index - self._first_kept
         if at < len(self._kept):
-            batch, generators_after = self._kept[at]
-            self._generators.restore(generators_after)
-            return batch
+            kept = self._kept[at]
+            self._generators.restore(kept.generators_after)
+            return self._handed_out(kept.batch)
         batch = super()._fetch()
-        if self._keeps_batches:
-            self._kept.append((batch, self._generators.capture()))
-        else:
+        if not self._keeps_batches:
             self._first_kept = self.index + 1
-        return batch
+            return batch
+        self._keep(batch)
+        return self._handed_out(batch)
+
+    def _keep(self, batch: Any) -> None:
+        self._look_for_changes()
+        self._kept.append(_Kept(batch, _versions(batch), self._generators.capture()))
+        self._kept_bytes += _size_bytes(batch)
+        if self._kept_bytes > _MUCH_MEMORY_BYTES and not self._has_warned_of_memory:
+            self._has_warned_of_memory = True
+            _log.warning(
+                "%d batches (%.1f GiB) are kept to be run again after a rollback; a shorter "
+                "snapshot_interval keeps fewer, a loader with state_dict none",
+                len(self._kept),
+                self._kept_bytes / 2**30,
+            )
+
+    def _look_for_changes(self) -> None:
+        if self._must_clone or not self._kept:
+            return
+        last = self._kept[-1]
+        if _versions(last.batch) != last.versions:
+            self._must_clone = True
+            _log.warning(
+                "batch %d was changed in place by the training loop and could not be run again as "
+                "it was; batches are copied from now on",
+                self.index - 1,
+            )
+
+    def _handed_out(self, batch: Any) -> Any:
+        return _copy_containers(batch, self._must_clone)
 
     def forget_before(self, index: int) -> None:
-        """Lets go of the batches before this one."""
         while self._kept and self._first_kept < index:
-            self._kept.popleft()
+            self._kept_bytes -= _size_bytes(self._kept.popleft().batch)
             self._first_kept += 1
 
     def capture(self) -> Any:
@@ -133,3 +226,25 @@ class BufferedSource(BatchSource):
 
     def restore(self, saved: Any) -> None:
         self.index = saved["index"]
+
+
+def _versions(batch: Any) -> tuple[int, ...]:
+    return tuple(t._version for _, t in tensors_in(batch) if not t.is_inference())
+
+
+def _size_bytes(batch: Any) -> int:
+    return sum(t.nbytes for _, t in tensors_in(batch))
+
+
+def _copy_containers(value: Any, has_clones: bool) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.clone() if has_clones else value
+    if type(value) is dict:
+        return {key: _copy_containers(item, has_clones) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_copy_containers(item, has_clones) for item in value)
+    if isinstance(value, tuple) and hasattr(value, "_make"):
+        return value._make(_copy_containers(item, has_clones) for item in value)
+    if isinstance(value, Mapping):
+        return copy.deepcopy(value) if has_clones else copy.copy(value)
+    return value

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+
+from foreshock.guard.learning_rate import LearningRateBackoff
 
 
 class StepGate:
@@ -20,40 +22,55 @@ class StepGate:
     Args:
         optimizer: whose step is wrapped, as an attribute of the object, in front of whatever a
             scheduler or another tool has put there.
+        learning_rate: in force on the updates that run.
         admits: called before each step with whether it has a closure; the step runs if it is true.
-        surrounding: context in which the step runs.
-        passed: called after each call of step, run or withheld.
+        passed: called after each call of step with whether it ran.
     """
 
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
+        learning_rate: LearningRateBackoff,
         admits: Callable[[bool], bool],
-        surrounding: Callable[[], AbstractContextManager[None]],
         passed: Callable[[bool], None],
     ) -> None:
         self._optimizer = optimizer
+        self._learning_rate = learning_rate
+        self._admits = admits
+        self._passed = passed
+        self._is_removed = False
         self._had_own_step = "step" in vars(optimizer)
         self._inner = inner = optimizer.step
 
         @functools.wraps(inner)  # keeps the mark by which schedulers know that they wrapped it
-        def step(closure: Any = None, *args: Any, **kwargs: Any) -> Any:
-            result = None
-            has_closure = closure is not None
-            is_admitted = admits(has_closure)
-            if is_admitted:
-                with surrounding():
-                    given = (closure, *args) if has_closure or args else ()
-                    result = inner(*given, **kwargs)
-            passed(is_admitted)
-            return result
+        def step(_: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+            return self._step(*args, **kwargs)
 
-        self._step = step
-        optimizer.step = step  # type: ignore[method-assign]
+        # A bound method, as a scheduler that wraps it later expects.
+        self._installed = types.MethodType(step, optimizer)
+        optimizer.step = self._installed  # type: ignore[method-assign]
+
+    def _step(self, closure: Any = None, *args: Any, **kwargs: Any) -> Any:
+        # A closure goes on only if there is one: some optimizers' steps take none.
+        given = (closure, *args) if closure is not None or args else ()
+        if self._is_removed:
+            return self._inner(*given, **kwargs)
+        is_admitted = self._admits(closure is not None)
+        result = None
+        if is_admitted and self._learning_rate.factor != 1.0:
+            with self._learning_rate.applied_to(self._optimizer):
+                result = self._inner(*given, **kwargs)
+        elif is_admitted:
+            result = self._inner(*given, **kwargs)
+        self._passed(is_admitted)
+        return result
 
     def remove(self) -> None:
-        """Puts the wrapped step back, unless somebody has wrapped ours since."""
-        if vars(self._optimizer).get("step") is not self._step:
+        """Puts the wrapped step back; where somebody has wrapped ours since, ours lets all pass."""
+        if self._is_removed:
+            return
+        self._is_removed = True
+        if vars(self._optimizer).get("step") is not self._installed:
             return
         if self._had_own_step:
             self._optimizer.step = self._inner  # type: ignore[method-assign]

@@ -40,9 +40,9 @@ def bind(tensors: list[torch.Tensor | None], packed: torch.Tensor) -> Callable[[
     """Returns a call that scans these tensors into `packed`, (T, 6); see `HealthStats.packed`.
 
     The call owns what it needs but the tensors' memory, which the caller keeps alive. It launches
-    one kernel on the current stream, and may be captured into a graph; two calls at the same time
-    on different streams would write to the same memory. A tensor of more than four dimensions that
-    cannot be coalesced costs a device copy of its own at each call.
+    one kernel on the current stream, and may be captured into a graph, for which it must be kept.
+    Two calls at the same time on different streams would write to the same memory. A tensor of more
+    than four dimensions that cannot be coalesced costs a device copy of its own at each call.
     """
     if not tensors:
         return lambda: None

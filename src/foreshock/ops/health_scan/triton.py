@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from foreshock.ops._tensors import FLOATING_DTYPES
 from foreshock.ops.health_scan import device_table
 from foreshock.ops.health_scan.device_table import DeviceTable, Kind, bind_launch, why_no_device
 
@@ -153,7 +152,7 @@ def _scan_dense(address, size, F: tl.constexpr, EXACT: tl.constexpr):  # type: i
 
 @triton.jit
 def _scan_strided(row, begin, size, F: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Reads elements [begin, begin + size) in the order that walks the innermost dimension first."""
+    """Reads elements [begin, begin + size), counted along the innermost dimension first."""
     data = tl.load(row + _ADDRESS).to(tl.pointer_type(F.RAW))
     element = tl.arange(0, 4)[None, :] * _THREADS + tl.arange(0, _THREADS)[:, None]
     sum, sumsq, most, nonfinite, inf = _nothing(F)
@@ -170,7 +169,11 @@ def _scan_strided(row, begin, size, F: tl.constexpr):  # type: ignore[no-untyped
     return sum, sumsq, most, nonfinite, inf
 
 
-@triton.jit
+# Not specialised: another number or alignment would be another kernel, compiled in mid-training.
+@triton.jit(
+    do_not_specialize=["first_chunk"],
+    do_not_specialize_on_alignment=["table_ptr", "owners_ptr", "partial_ptr"],
+)
 def _health_scan_chunk_kernel(  # type: ignore[no-untyped-def]
     table_ptr, owners_ptr, partial_ptr, first_chunk, F: tl.constexpr, IS_STRIDED: tl.constexpr
 ):
@@ -199,7 +202,7 @@ def _health_scan_chunk_kernel(  # type: ignore[no-untyped-def]
     tl.store(partial + 4, (tl.sum(sumsq) * F.SCALE * F.SCALE).to(tl.int64, bitcast=True))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["table_ptr", "partial_ptr", "packed_ptr"])
 def _health_scan_tensor_kernel(table_ptr, partial_ptr, packed_ptr):  # type: ignore[no-untyped-def]
     """Adds the partial rows of one tensor up, always in the same order, and writes its row."""
     tensor = tl.program_id(0)
@@ -250,7 +253,7 @@ def _launch(
 
 @functools.cache
 def _compile(dtype: torch.dtype, is_strided: bool, device: torch.device) -> None:
-    """Compiles and loads both kernels by scanning nothing, so that no training step waits for it."""
+    """Compiles and loads both kernels by scanning nothing: no training step shall wait for it."""
     table = DeviceTable([None], device)
     result = torch.empty(6, dtype=torch.int64, device=device)
     _launch([Kind(dtype, is_strided, 0, 1)], table, torch.empty_like(result), result)
@@ -261,9 +264,9 @@ def bind(tensors: list[torch.Tensor | None], packed: torch.Tensor) -> Callable[[
 
     The call owns what it needs but the tensors' memory, which the caller keeps alive. On the
     current stream it launches one kernel for each dtype among the dense tensors, one for each among
-    the strided ones, and one more; it may be captured into a graph. Two calls at the same time on
-    different streams would write to the same memory. A tensor of more than four dimensions that
-    cannot be coalesced costs a device copy of its own at each call.
+    the strided ones, and one more; it may be captured into a graph, for which it must be kept. Two
+    calls at the same time on different streams would write to the same memory. A tensor of more
+    than four dimensions that cannot be coalesced costs a device copy of its own at each call.
     """
     if not tensors:
         return lambda: None

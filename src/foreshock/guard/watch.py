@@ -1,0 +1,327 @@
+"""The course of a run, step by step: what is looked at, what is decided, what is done."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+
+import torch
+
+from foreshock.guard.configuration import Guard
+from foreshock.guard.events import (
+    Aborted,
+    Action,
+    AnomalySeen,
+    Event,
+    Recovered,
+    RolledBack,
+    UpdateSkipped,
+    Verdict,
+)
+from foreshock.guard.history import History
+from foreshock.guard.inspection import Finding, inspect_gradients, inspect_weights
+from foreshock.guard.learning_rate import LearningRateBackoff
+from foreshock.guard.policy import Policy, Signs
+from foreshock.guard.snapshots import Snapshot
+from foreshock.guard.state import Stateful, named_parameters
+
+_log = logging.getLogger("foreshock")
+
+
+@dataclasses.dataclass
+class _Step:
+    """What is known of the step that is being run."""
+
+    finding: Finding | None = None
+    """Of its gradients, before they were clipped."""
+    gradient_mark: object = None
+    """What one gradient looked like then; another look means that there are new gradients."""
+    verdict: Verdict | None = None
+    is_recorded: bool = False
+    was_updated: bool = False
+    was_withheld: bool = False
+
+    @property
+    def was_stepped(self) -> bool:
+        """Whether the optimizer was called."""
+        return self.was_updated or self.was_withheld
+
+
+class Watch:
+    """Follows a run through its steps, withholds updates, and returns to good state.
+
+    Within a loop over batches a step lasts from one batch to the next. Outside of one it is over
+    when it has been judged and the optimizer has been called, in either order.
+
+    Args:
+        model, optimizer, state: what belongs to the state of the run.
+        guard: what may be done.
+        record: told of each event.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: Mapping[str, Stateful],
+        guard: Guard,
+        record: Callable[[Event], None],
+    ) -> None:
+        parameters = named_parameters(model, optimizer)
+        self.parameters = list(parameters.values())
+        self._gradients = inspect_gradients(parameters)
+        self._weights, self.buffers_left_alone = inspect_weights(model, parameters)
+        self._guard = guard
+        self._record = record
+        self._policy = Policy(guard)
+        self.learning_rate = LearningRateBackoff(guard.lr_backoff, guard.lr_recovery_steps)
+        self.history = History(model, optimizer, state, guard, record)
+        self.step = 0
+        """The step that is being run; between steps, the one that comes next."""
+        self.last_loss: float | None = None
+        """Loss of the last clean step."""
+        self.last_finding = Finding()
+        """In the gradients of the step that was judged last."""
+        self.stopped: Verdict | None = None
+        """The verdict that ended training."""
+        self._current = _Step()
+        self._is_within_accumulation = False
+        self._has_been_stepped = False
+        self._failed_step: int | None = None
+        self._good: Snapshot | None = None
+        self._has_warned_of_closure = False
+
+    # ---- the bounds of a step
+
+    def leave_loop(self) -> None:
+        """Closes a step that was left in its middle, and the loop if there is one."""
+        if self._current.verdict is not None or self._current.was_stepped:
+            self.finish_step()
+        self._current = _Step()
+        step = self.history.close()
+        if step is not None:
+            self.step = step
+
+    def start_step(self) -> None:
+        """Between two steps of a loop: goes back if there was a rollback, takes snapshots."""
+        step = self.history.rewind()
+        if step is not None:
+            self.step = step
+        self.history.take_if_due(self.step, is_within_accumulation=self._is_within_accumulation)
+
+    def finish_step(self) -> None:
+        """Closes the books on the step."""
+        now = self._current
+        if now.verdict is None and now.was_withheld:
+            self._judge(None)  # nobody has asked why
+        verdict = now.verdict
+        if verdict is not None:
+            self._record_skip()
+            if now.was_stepped and verdict.action in (Action.CONTINUE, Action.SKIP):
+                self._policy.note_update(is_bad=verdict.action is Action.SKIP)
+            self._has_been_stepped |= now.was_stepped
+            if verdict.action is Action.CONTINUE:
+                self._note_clean_step(now.was_stepped)
+        self._is_within_accumulation = not now.was_stepped
+        self._current = _Step()
+        self.step += 1
+        if self.history.source is None:
+            self.history.take_if_due(self.step)
+
+    def _note_clean_step(self, was_stepped: bool) -> None:
+        if was_stepped or not self._has_been_stepped:
+            # A step within a gradient accumulation proves nothing of the optimizer's state.
+            self.history.ring.note_clean_step()
+        self._note_passed()
+
+    def _note_passed(self) -> None:
+        if self._failed_step is not None and self.step >= self._failed_step:
+            self._record(Recovered(self._failed_step))
+            self._policy.note_recovery()
+            self._failed_step = None
+
+    # ---- the verdict
+
+    def judge(self, loss: float) -> Verdict:
+        """Says of the step that has been run whether it was a good one, and acts on it.
+
+        Args:
+            loss: of the step.
+        Returns:
+            The verdict; a second one on a step is never better than the first.
+        """
+        if self.stopped is not None:
+            return self.stopped
+        is_outside = self.history.source is None
+        before = self._current.verdict
+        if before is not None and is_outside:
+            self.finish_step()  # its update never came, as within a gradient accumulation
+        elif before is not None and before.action is not Action.CONTINUE:
+            return before
+        if is_outside and not self.history.has_start:
+            self.history.take_if_due(self.step)
+        verdict = self._judge(loss)
+        if is_outside and self._current.was_stepped:
+            self.finish_step()
+        return verdict
+
+    def check_end(self) -> None:
+        """After the last step: looks at what its update has made, and acts on it.
+
+        A loop may have to go on after this; `History.is_returning` says so.
+        """
+        if self.stopped is not None:
+            return
+        if self._weights.inspect().has_nonfinite:
+            self._decide(Signs(has_nonfinite_weights=True))
+            self._record_skip()
+            self._current = _Step()
+        else:
+            self._note_passed()
+
+    def _judge(self, loss: float | None) -> Verdict:
+        now = self._current
+        is_of_this_update = now.was_stepped and now.verdict is None
+        finding = self.last_finding = self._known_finding(even_if_changed=is_of_this_update)
+        is_normal = loss is not None and loss <= self._guard.violation_threshold
+        has_bad_weights = self._are_weights_bad(finding.has_nonfinite or not is_normal)
+        verdict = self._decide(Signs(loss, finding.has_nonfinite, has_bad_weights))
+        if verdict.action is Action.CONTINUE and loss is not None:
+            self.last_loss = loss
+        return verdict
+
+    def _decide(self, signs: Signs) -> Verdict:
+        decision = self._policy.decide(signs, self._can_roll_back)
+        action, offender = decision.action, None
+        if action is not Action.CONTINUE:
+            inspector = self._weights if signs.has_nonfinite_weights else self._gradients
+            offender = inspector.find_offender()
+        must_stop = action is Action.ABORT and self._guard.mode != "observe"
+        verdict = Verdict(self.step, action, decision.reasons, offender, not must_stop)
+        self._current.verdict = verdict
+        self._current.is_recorded = False
+        self._act(verdict)
+        return verdict
+
+    def _can_roll_back(self) -> bool:
+        if self._guard.mode == "observe":
+            return True  # recover mode would have had a snapshot
+        self._good = self.history.find_good(self.step)
+        return self._good is not None
+
+    def _are_weights_bad(self, must_look: bool) -> bool:
+        if not must_look and self.step % self._guard.check_interval:
+            return False
+        return self._weights.inspect().has_nonfinite
+
+    # ---- what is done about it
+
+    def _act(self, verdict: Verdict) -> None:
+        if verdict.action is Action.CONTINUE:
+            return
+        if self._guard.mode == "observe":
+            self._current.is_recorded = True
+            seen = (verdict.reasons, verdict.offender)
+            self._record(AnomalySeen(verdict.step, verdict.action, *seen))
+        elif verdict.action is Action.ROLL_BACK:
+            self._roll_back(verdict)
+        elif verdict.action is Action.ABORT:
+            self.stopped = verdict
+            self._record(Aborted(verdict.step, verdict.reasons, verdict.offender))
+
+    def _roll_back(self, verdict: Verdict) -> None:
+        assert self._good is not None  # the policy has asked
+        snapshot, self._good = self._good, None
+        self.history.return_to(snapshot)
+        factor = self.learning_rate.back_off()
+        self._failed_step = max(self.step, self._failed_step or 0)
+        seen = (verdict.reasons, verdict.offender)
+        self._record(RolledBack(verdict.step, snapshot.step, *seen, factor))
+
+    def _record_skip(self) -> None:
+        """Told only when it is known whether an update was withheld."""
+        now = self._current
+        if now.verdict is None or now.verdict.action is not Action.SKIP or now.is_recorded:
+            return
+        now.is_recorded = True
+        seen = (now.verdict.reasons, now.verdict.offender)
+        if now.was_withheld:
+            self._record(UpdateSkipped(now.verdict.step, *seen))
+        else:
+            self._record(AnomalySeen(now.verdict.step, Action.SKIP, *seen))
+
+    # ---- the update
+
+    def admits(self, has_closure: bool) -> bool:
+        """Whether the update that is about to be made may reach the parameters.
+
+        Args:
+            has_closure: it computes its gradients only then, when it is too late to withhold it.
+        """
+        if has_closure:
+            self._warn_of_closure()
+            return True
+        if self.stopped is not None:
+            return False
+        if self.history.source is None and self._current.was_stepped:
+            self.finish_step()  # nobody has asked for a verdict on the last one
+        now = self._current
+        if now.verdict is not None and now.verdict.action is not Action.CONTINUE:
+            return False
+        is_finite = not self._known_finding().has_nonfinite
+        if not is_finite and now.verdict is not None:
+            self._judge(None)  # the gradients have changed since the verdict
+        return is_finite
+
+    def _warn_of_closure(self) -> None:
+        if not self._has_warned_of_closure:
+            _log.warning(
+                "optimizer.step is called with a closure, which computes the gradients when it is "
+                "too late to withhold the update; such steps are watched but not guarded"
+            )
+        self._has_warned_of_closure = True
+
+    def note_call(self, was_admitted: bool) -> None:
+        """The optimizer was called, and has run or not."""
+        now = self._current
+        if was_admitted:
+            now.was_updated = True
+        else:
+            now.was_withheld = True
+            self._record_skip()
+        if self.history.source is None and now.verdict is not None:
+            self.finish_step()
+
+    def observe_update(self) -> None:
+        """The optimizer is about to be called; the training loop may clear the gradients next."""
+        if self._current.verdict is None:
+            self._known_finding()
+
+    # ---- the gradients
+
+    def scan_gradients(self) -> Finding:
+        """Scans the gradients as they are now."""
+        self._current.finding = finding = self._gradients.inspect()
+        self.note_clipped()
+        return finding
+
+    def note_clipped(self) -> None:
+        """The gradients were scaled by us: they are still the ones that were scanned."""
+        self._current.gradient_mark = self._look_at_gradients()
+
+    def _known_finding(self, *, even_if_changed: bool = False) -> Finding:
+        """What is in the gradients; scanned anew unless they are those that were scanned last."""
+        now = self._current
+        is_known = even_if_changed or now.gradient_mark == self._look_at_gradients()
+        if now.finding is not None and is_known:
+            return now.finding
+        return self.scan_gradients()
+
+    def _look_at_gradients(self) -> tuple[int, int] | None:
+        """A mark by which new gradients are told from those that were there. One will do."""
+        for p in self.parameters:
+            gradient = p.grad
+            if gradient is not None:
+                return id(gradient), gradient._version
+        return None

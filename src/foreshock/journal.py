@@ -1,0 +1,198 @@
+"""What happens to a run, written down as it happens: telemetry.jsonl, summary.json, config.json."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from foreshock.guard import (
+    Aborted,
+    AnomalySeen,
+    Event,
+    Offender,
+    Reason,
+    Recovered,
+    RolledBack,
+    SnapshotDropped,
+    UpdateSkipped,
+)
+from foreshock.records import TelemetryWriter, write_atomically, write_summary
+from foreshock.records.strict_json import dump_json
+
+_log = logging.getLogger("foreshock")
+
+_EVENT_NAMES: dict[type, str] = {
+    UpdateSkipped: "update_skipped",
+    AnomalySeen: "anomaly_seen",
+    RolledBack: "rollback_success",
+    Recovered: "recovered",
+    SnapshotDropped: "snapshot_dropped",
+    Aborted: "aborted",
+}
+_MAX_WARNINGS_OF_A_KIND = 10
+
+
+class Journal:
+    """Keeps count of events and of the monitor's own time, and writes them to a run's directory.
+
+    Args:
+        out_dir: the run's directory; made if it is not there.
+        config: the resolved configuration, for config.json.
+    Raises:
+        TypeError: out_dir is no path.
+        OSError: out_dir cannot be written to; says so.
+    Cost:
+        One thread, asleep while there is nothing to write. Nothing after construction waits for the
+        disk but `write_summary`, and nothing raises because of it.
+    """
+
+    def __init__(self, out_dir: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
+        if not isinstance(out_dir, str | os.PathLike) or not os.fspath(out_dir):
+            raise TypeError(f"out_dir is {out_dir!r}; accepted: the path of a directory")
+        self._out_dir = Path(out_dir)
+        try:
+            self._out_dir.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._out_dir / "config.json", dump_json(config))
+            self._telemetry = TelemetryWriter(self._out_dir / "telemetry.jsonl")
+        except OSError as error:
+            # The class of the error follows from its number.
+            why = f"out_dir cannot be written to ({error.strerror}); accepted: a directory that can"
+            raise OSError(error.errno, why, str(self._out_dir)) from error
+        self._counts: Counter[type] = Counter()
+        self._abort: dict[str, Any] | None = None
+        self._started: float | None = None
+        self._own_seconds = 0.0
+        self.steps_run = 0
+        """Steps judged, those run again counted again."""
+
+    # ---- time
+
+    def begin(self) -> float:
+        """Starts to count time as the monitor's own; give what comes to `end`."""
+        now = time.perf_counter()
+        if self._started is None:
+            self._started = now
+        return now
+
+    def end(self, begun: float) -> None:
+        """Stops to count it."""
+        self._own_seconds += time.perf_counter() - begun
+
+    @property
+    def mean_overhead_ms(self) -> float:
+        """The monitor's own time per step."""
+        return 1e3 * self._own_seconds / max(1, self.steps_run)
+
+    # ---- events
+
+    def record(self, event: Event) -> None:
+        """Counts an event, writes it down, and says it on the console."""
+        kind = type(event)
+        self._counts[kind] += 1
+        said = _spelt_out(event)
+        if isinstance(event, Aborted):
+            self._abort = {"step": event.step, **said}
+        self._telemetry.write(_EVENT_NAMES[kind], event.step, **said)
+        if isinstance(event, Recovered):
+            _log.info("step %d passed", event.step)
+        elif self._counts[kind] <= _MAX_WARNINGS_OF_A_KIND:
+            is_last = self._counts[kind] == _MAX_WARNINGS_OF_A_KIND
+            more = "; further ones only in telemetry.jsonl" if is_last else ""
+            _log.warning("step %d: %s%s", event.step, _sentence(event), more)
+
+    def record_telemetry(self, step: int, **measured: float | None) -> None:
+        """Writes down what was measured at a step."""
+        self._telemetry.write("telemetry", step, **measured, overhead_ms=self.mean_overhead_ms)
+
+    def flush(self, timeout: float) -> None:
+        """Waits until what was recorded is on disk, but no longer than this many seconds."""
+        self._telemetry.flush(timeout)
+
+    # ---- the end
+
+    def close(self) -> None:
+        """Ends telemetry.jsonl."""
+        self._telemetry.close()
+
+    def write_summary(
+        self, total_steps: int, final_loss: float | None, mode: str
+    ) -> dict[str, Any]:
+        """Writes summary.json; a disk that does not take it is only warned of.
+
+        Returns:
+            What it says.
+        """
+        summary = {
+            "total_steps": total_steps,
+            "final_loss": final_loss,
+            "guard": self._guard_summary(mode),
+            "overhead": self._overhead(),
+            "dropped_records": self._telemetry.dropped_records,
+        }
+        try:
+            write_summary(self._out_dir / "summary.json", summary)
+        except OSError as error:
+            _log.warning("summary.json could not be written: %s", error)
+        return summary
+
+    def _guard_summary(self, mode: str) -> dict[str, Any]:
+        counts = self._counts
+        integrity = "RECOVERED" if counts[RolledBack] or counts[UpdateSkipped] else "OK"
+        return {
+            "mode": mode,
+            "total_rollbacks": counts[RolledBack],
+            "total_recoveries": counts[Recovered],
+            "skipped_steps": counts[UpdateSkipped],
+            "anomalies_seen": counts[AnomalySeen],
+            "dropped_snapshots": counts[SnapshotDropped],
+            "integrity_status": "ABORTED" if counts[Aborted] else integrity,
+            "abort": self._abort,
+        }
+
+    def _overhead(self) -> dict[str, float]:
+        total = 0.0 if self._started is None else time.perf_counter() - self._started
+        theirs = total - self._own_seconds
+        percent = 100 * self._own_seconds / theirs if theirs > 0 else 0.0
+        return {"mean_ms": self.mean_overhead_ms, "percent": percent}
+
+
+def _spelt_out(event: Event) -> dict[str, Any]:
+    """An event's fields, but for its step, as they are written to telemetry."""
+    said: dict[str, Any] = {}
+    for name, value in vars(event).items():
+        if name == "reasons":
+            said["reason"] = value[0].value
+            said["reasons"] = [reason.value for reason in value]
+        elif name == "offender":
+            said["offender"] = None if value is None else dict(vars(value))
+        elif name == "would":
+            said["would"] = value.value
+        elif name != "step":
+            said[name] = value
+    return said
+
+
+def _because(reasons: tuple[Reason, ...], offender: Offender | None) -> str:
+    names = ", ".join(reason.value for reason in reasons)
+    return names if offender is None else f"{names} ({offender})"
+
+
+def _sentence(event: Event) -> str:
+    if isinstance(event, SnapshotDropped):
+        return f"snapshot dropped: {event.why}"
+    if isinstance(event, Recovered):
+        return "passed"
+    why = _because(event.reasons, event.offender)
+    if isinstance(event, UpdateSkipped):
+        return f"update withheld: {why}"
+    if isinstance(event, RolledBack):
+        factor = f", learning rate times {event.lr_factor:g}" if event.lr_factor != 1 else ""
+        return f"rolled back to step {event.to_step}{factor}: {why}"
+    if isinstance(event, Aborted):
+        return f"training is told to stop: {why}"
+    return f"anomaly, nothing done ({event.would.value} would have been): {why}"

@@ -1,0 +1,84 @@
+"""Guard's fields: validated, named in the error, and answered with the nearest known one."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+import foreshock as fs
+
+BAD = {
+    "mode": "watch",
+    "snapshot_interval": 0,
+    "depth": 0,
+    "clean_steps": -1,
+    "min_depth": -1,
+    "check_interval": -5,
+    "violation_threshold": 0.0,
+    "max_consecutive_skips": 0,
+    "max_rollbacks": -1,
+    "rollback_window": "soon",
+    "lr_backoff": 1.5,
+    "lr_recovery_steps": -1,
+    "skip_batches": 0.5,
+}
+
+
+def test_defaults_are_the_specified_ones() -> None:
+    assert fs.Guard().model_dump() == {
+        "mode": "observe",
+        "snapshot_interval": 100,
+        "depth": 3,
+        "clean_steps": 2,
+        "min_depth": 0,
+        "check_interval": 1,
+        "violation_threshold": 1e6,
+        "max_consecutive_skips": 3,
+        "max_rollbacks": 3,
+        "rollback_window": 200,
+        "lr_backoff": 0.5,
+        "lr_recovery_steps": 100,
+        "skip_batches": 0,
+    }
+
+
+@pytest.mark.parametrize("field", BAD)
+def test_a_bad_value_is_answered_with_its_field_and_the_value(field: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        fs.Guard(**{field: BAD[field]})
+    assert field in str(caught.value)
+    assert str(BAD[field]) in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_threshold_must_be_comparable(value: float) -> None:
+    with pytest.raises(ValidationError, match="violation_threshold"):
+        fs.Guard(violation_threshold=value)
+
+
+@pytest.mark.parametrize(
+    ("given", "nearest"),
+    [
+        ("snapshot_intervall", "snapshot_interval"),
+        ("max_rollback", "max_rollbacks"),
+        ("lr_back_off", "lr_backoff"),
+        ("mod", "mode"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_the_nearest_known(given: str, nearest: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown key '{given}'; did you mean '{nearest}'"):
+        fs.Guard(**{given: 1})
+
+
+def test_an_unknown_key_near_to_none_is_answered_with_all() -> None:
+    with pytest.raises(ValueError, match="unknown key 'zzz'; accepted: mode, snapshot_interval"):
+        fs.Guard(zzz=1)
+
+
+def test_a_guard_cannot_be_changed_once_made() -> None:
+    guard: Any = fs.Guard()
+    with pytest.raises(ValidationError, match="frozen"):
+        guard.depth = 5
