@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from foreshock.guard import BatchSource, BufferedSource, make_source
+from foreshock.guard import BatchSource, BufferedSource, RandomState, make_source
 from foreshock.guard.replay import ResumableSource
 from tests.monitor.training import (
     STEPS_PER_EPOCH,
@@ -73,6 +73,19 @@ def test_a_loader_that_saves_itself_is_sent_back_itself() -> None:
     assert isinstance(make("buffered"), BufferedSource)
 
 
+class Place:
+    """Where a source and the random generators are, together, as in a snapshot."""
+
+    def __init__(self, source: BatchSource) -> None:
+        self._source = source
+        self._generators = RandomState()
+        self._saved = self._generators.capture(), source.capture()
+
+    def go_back(self) -> None:
+        self._generators.restore(self._saved[0])
+        self._source.restore(self._saved[1])
+
+
 @pytest.mark.parametrize("name", SOURCES)
 @pytest.mark.parametrize("back_to", range(2 * STEPS_PER_EPOCH + 1))
 @pytest.mark.parametrize("ahead", [1, 2, STEPS_PER_EPOCH])
@@ -83,10 +96,10 @@ def test_after_going_back_the_same_batches_come_in_all_epochs(
     assert len(expected) == 3 * STEPS_PER_EPOCH
     source = make(name)
     fetch(source, back_to)
-    saved = source.capture()
+    place = Place(source)
     fetch(source, ahead)
     for _ in range(2):
-        source.restore(saved)
+        place.go_back()
         assert source.index == back_to
         assert same(fetch(source, ahead), expected[back_to : back_to + ahead])
     assert same(drain(source), expected[back_to + ahead :])
@@ -96,10 +109,10 @@ def test_after_going_back_the_same_batches_come_in_all_epochs(
 def test_batches_left_out_stay_out_and_no_others(name: str) -> None:
     expected = drain(make(name))
     source = make(name)
-    saved = source.capture()
+    place = Place(source)
     fetch(source, 8)
     source.leave_out(7, 2)
-    source.restore(saved)
+    place.go_back()
     assert same(drain(source), [b for i, b in enumerate(expected) if i not in (7, 8)])
 
 

@@ -1,8 +1,8 @@
 """health_scan in Triton and CUDA C++.
 
-Without a GPU, Triton runs in its interpreter, and everything is compiled for the devices that it
-may meet; tests marked gpu run both implementations on the device. Run as a module, this file is the
-process in which Triton interprets or compiles: which of them it does is settled at its import.
+Triton runs in its interpreter, and everything is compiled for the devices that it may meet; on a
+device it is test_health_scan_on_gpu.py that runs both. Run as a module, this file is the process in
+which Triton interprets or compiles: which of them it does is settled at its import.
 """
 
 from __future__ import annotations
@@ -27,150 +27,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from foreshock.ops._tensors import FLOATING_DTYPES
-from foreshock.ops.health_scan import cuda, device_table, reference
+from foreshock.ops.health_scan import cuda, device_table
 from foreshock.ops.health_scan.device_table import DeviceTable, coalesce
 from tests.interpreter import NO_EXTENSION, NO_TRITON, run_python
+from tests.ops.health_scan_cases import (
+    CASES,
+    CPU,
+    DTYPES,
+    SUM_TOLERANCE,
+    assert_agrees,
+    case,
+    scan,
+)
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
-CPU = torch.device("cpu")
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATING_DTYPES}
-
-# The same float64 terms in another order, over the sum of their magnitudes: measured 4e-15.
-SUM_TOLERANCE = 1e-12
 
 COLUMNS_OF_CHUNKS = ["CHUNK_NUMEL", "FIRST_CHUNK", "IS_STRIDED"]
-
-Bind = Callable[[list[Tensor | None], Tensor], Callable[[], object]]
-Build = Callable[[torch.dtype, torch.device], list[Tensor | None]]
-
-
-# What is scanned. Every builder makes the same values each time, on whatever device.
-
-
-def random_tensor(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    values = torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
-    return values.to(dtype).to(device)
-
-
-def odd_sizes(dtype: torch.dtype, device: torch.device) -> list[Tensor | None]:
-    """Around a vector, a tile and a chunk, from every alignment."""
-    vector = 16 // dtype.itemsize
-    chunk = device_table.CHUNK_BYTES // dtype.itemsize
-    sizes = [1, vector - 1, vector, vector + 1, 255, 256 * vector + 1, 1024 * vector, chunk + 3]
-    return [
-        random_tensor(size + start, dtype=dtype, device=device)[start:]
-        for size in sizes
-        for start in {0, 1, vector - 1}
-    ]
-
-
-def absent(dtype: torch.dtype, device: torch.device) -> list[Tensor | None]:
-    x = random_tensor(40, 5, dtype=dtype, device=device)
-    return [None, x[:0], x, None, x[:, 3:3], x[0, 0], x.new_empty(0, 7), x[1:2, 1:2]]
-
-
-def views(dtype: torch.dtype, device: torch.device) -> list[Tensor | None]:
-    x = random_tensor(12, 10, 41, dtype=dtype, device=device)
-    six_dims = random_tensor(*[3] * 6, dtype=dtype, device=device)
-    return [
-        x.permute(2, 0, 1),
-        x[:, ::2],
-        x.transpose(0, 2)[1:, :, 3:],
-        x[3:7, :, ::5].permute(1, 2, 0),
-        x[:, :, 7],
-        x.as_strided((50, 40, 9), (7, 3, 1)),
-        x[:1].expand(9, 10, 41),
-        x[0, 0, :1].expand(1000, 3),
-        six_dims[:, :2, :, :2],
-        six_dims[::2, ::2, ::2, ::2, ::2, ::2],
-    ]
-
-
-def nonfinite(dtype: torch.dtype, device: torch.device) -> list[Tensor | None]:
-    """NaN and both infinities, alone in a chunk and many in one, dense and strided."""
-    x = random_tensor(3 * 5003, dtype=dtype, device=device)
-    wide = random_tensor(device_table.CHUNK_BYTES // dtype.itemsize + 9, dtype=dtype, device=device)
-    place = torch.Generator().manual_seed(0)
-    for value in (float("nan"), float("inf"), -float("inf")):
-        where = torch.randint(len(x), (7,), generator=place)
-        x[where.to(device)] = torch.tensor(value).to(dtype).to(device)
-        wide[int(torch.randint(len(wide), (), generator=place))] = value
-    strided = x.view(5003, 3)[:, ::2]
-    return [x, x[1:], strided, wide, wide[-1:], x.new_full((33,), float("nan"))]
-
-
-def extremes(dtype: torch.dtype, device: torch.device) -> list[Tensor | None]:
-    """The largest and the smallest of each sign, denormals and the zeros."""
-    info = torch.finfo(dtype)
-    # Not the largest float64, whose sums overflow in one order and not in another.
-    most = 1e300 if dtype is torch.float64 else info.max
-    smallest = info.smallest_normal * info.eps
-    kinds = [most, -most, info.smallest_normal, smallest, -3 * smallest, 0.0, -0.0]
-    edges = torch.tensor(kinds, dtype=torch.float64).to(dtype).to(device)
-    return [*edges.split(1), edges, edges.repeat(400)[1:], edges[3:].repeat(5000)]
-
-
-def every_bit_pattern(dtype: torch.dtype, device: torch.device) -> list[Tensor | None]:
-    """All elements that there are of a narrow dtype; random bits of a wide one."""
-    ints = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
-    low, high = torch.iinfo(ints).min, torch.iinfo(ints).max
-    if dtype.itemsize <= 2:
-        bits = torch.arange(low, high + 1).to(ints)
-    else:
-        bits = torch.randint(low, high, (3001,), generator=torch.Generator().manual_seed(0))
-        # The sums of random float64 are the largest of them: nothing to compare.
-        bits = bits.to(ints) if dtype.itemsize == 4 else bits & ~(0x3FF << 53)
-    x = bits.view(dtype).to(device)
-    return [x, x[::3]]
-
-
-BUILDERS = (odd_sizes, absent, views, nonfinite, extremes, every_bit_pattern)
-CASES: dict[str, tuple[Build, torch.dtype]] = {
-    f"{build.__name__}-{name}": (build, dtype)
-    for build in BUILDERS
-    for name, dtype in DTYPES.items()
-}
-
-
-def mixed(device: torch.device) -> list[Tensor | None]:
-    """Tensors of every builder and dtype in one list, dtypes taking turns."""
-    lists = [build(dtype, device)[::3] for build in BUILDERS[1:4] for dtype in DTYPES.values()]
-    return [tensor for turn in zip(*lists, strict=False) for tensor in turn]
-
-
-def case(name: str, device: torch.device) -> list[Tensor | None]:
-    if name == "mixed":
-        return mixed(device)
-    build, dtype = CASES[name]
-    return build(dtype, device)
-
-
-def scan(bind: Bind, tensors: list[Tensor | None], device: torch.device = CPU) -> Tensor:
-    packed = torch.full((len(tensors), 6), torch.nan, dtype=torch.float64, device=device)
-    bind(tensors, packed)()
-    return packed
-
-
-def assert_agrees(packed: Tensor, tensors: list[Tensor | None]) -> None:
-    """Counts and absmax are the reference's; so are the sums, but for the order of their terms."""
-    expected = scan(reference.bind, tensors)
-    found = packed.cpu()
-    counts, right = found.view(torch.int64)[:, :3], expected.view(torch.int64)[:, :3]
-    assert torch.equal(counts, right), f"{counts} for {right}"
-    assert torch.equal(found[:, 3], expected[:, 3]), f"{found[:, 3]} for {expected[:, 3]}"
-    for i, tensor in enumerate(tensors):
-        if tensor is None:
-            continue
-        x = (tensor.float() if tensor.dtype.itemsize == 1 else tensor).double()
-        terms = x[x.isfinite()].abs().sum()
-        torch.testing.assert_close(
-            found[i, 4], expected[i, 4], rtol=0, atol=float(SUM_TOLERANCE * terms)
-        )
-    torch.testing.assert_close(found[:, 5], expected[:, 5], rtol=SUM_TOLERANCE, atol=0)
-
-
-# The device table.
 
 
 @st.composite
@@ -473,149 +346,6 @@ def test_an_extension_without_cuda_is_named_as_the_reason(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(cuda, "load_kernels", Extension)
     assert "built without CUDA" in str(cuda.why_unavailable("cuda"))
-
-
-# On a GPU.
-
-
-@pytest.fixture(params=["triton", "cuda"])
-def bind(request: pytest.FixtureRequest) -> Bind:
-    module = importlib.import_module(f"foreshock.ops.health_scan.{request.param}")
-    reason = module.why_unavailable("cuda")
-    if reason is not None:
-        pytest.skip(reason)
-    return module.bind  # type: ignore[no-any-return]
-
-
-GPU = torch.device("cuda", 0)
-GPT_SHAPES = [(50257, 768), (1024, 768)] + 12 * [
-    *[(768,), (768,), (2304, 768), (2304,), (768, 768), (768,)],
-    *[(768,), (768,), (3072, 768), (3072,), (768, 3072), (768,)],
-] + [(768,), (768,)]  # fmt: skip
-
-
-def gpt_gradients(dtype: torch.dtype) -> list[Tensor]:
-    return [torch.randn(shape, device=GPU, dtype=torch.float32).to(dtype) for shape in GPT_SHAPES]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", [*CASES, "mixed"])
-def test_agrees_on_the_device(bind: Bind, name: str) -> None:
-    assert_agrees(scan(bind, case(name, GPU), GPU), case(name, CPU))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_scans_a_whole_model(bind: Bind, dtype: torch.dtype) -> None:
-    gradients = gpt_gradients(dtype)
-    assert len(gradients) == 148
-    gradients[77].view(-1)[5] = torch.nan
-    gradients[2].view(-1)[-1] = -torch.inf
-    assert_agrees(scan(bind, list(gradients), GPU), [g.cpu() for g in gradients])
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("scale", [1e-6, 1e18])
-def test_a_hundred_million_elements_are_summed_to_one_in_a_million(
-    bind: Bind, scale: float
-) -> None:
-    x = (torch.rand(100_000_000, device=GPU) * scale).bfloat16()
-    found, wide = scan(bind, [x], GPU)[0], x.double()
-    torch.testing.assert_close(found[4], wide.sum(), rtol=1e-6, atol=0)
-    torch.testing.assert_close(found[5], wide.square().sum(), rtol=1e-6, atol=0)
-
-
-@pytest.mark.gpu
-def test_scans_more_elements_than_an_int32_counts(bind: Bind) -> None:
-    n = 2**31 + 2**20 + 3
-    if torch.cuda.mem_get_info()[0] < 3 * n:
-        pytest.skip("needs 7 GB of device memory")
-    x = torch.zeros(n, dtype=torch.bfloat16, device=GPU)
-    for place, value in ((0, 2.0), (2**31 - 1, torch.nan), (2**31, -3.0), (n - 1, torch.inf)):
-        x[place] = value
-    found = scan(bind, [x, x[1:], x.view(-1)[::2]], GPU).cpu()
-    assert found.view(torch.int64)[:, :3].tolist() == [
-        [n, 1, 1],
-        [n - 1, 1, 1],
-        [(n + 1) // 2, 0, 1],
-    ]
-    assert found[:, 3:].tolist() == [[3, -1, 13], [3, -3, 9], [3, -1, 13]]
-
-
-@pytest.mark.gpu
-def test_the_same_scan_gives_the_same_bits(bind: Bind) -> None:
-    gradients: list[Tensor | None] = [*gpt_gradients(torch.float32)]
-    runs = [scan(bind, gradients, GPU).view(torch.int64) for _ in range(20)]
-    assert all(torch.equal(run, runs[0]) for run in runs)
-    alone = torch.cat([scan(bind, [gradient], GPU) for gradient in gradients])
-    assert torch.equal(alone.view(torch.int64), runs[0])
-
-
-@pytest.mark.gpu
-def test_a_captured_scan_reads_what_is_there_at_its_replay(bind: Bind) -> None:
-    tensors: list[Tensor | None] = [*gpt_gradients(torch.bfloat16), None]
-    packed = torch.full((len(tensors), 6), torch.nan, dtype=torch.float64, device=GPU)
-    call = bind(tensors, packed)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    for step in range(3):
-        for tensor in tensors[:-1]:
-            assert tensor is not None
-            tensor.fill_(step).view(-1)[step] = torch.nan
-        packed.fill_(torch.nan)
-        graph.replay()
-        assert_agrees(packed, [None if t is None else t.cpu() for t in tensors])
-
-
-@pytest.mark.gpu
-def test_nothing_waits_for_the_device(bind: Bind) -> None:
-    tensors = case("mixed", GPU)
-    packed = torch.empty(len(tensors), 6, dtype=torch.float64, device=GPU)
-    bind(tensors, packed)  # compiles what it needs
-    before = torch.cuda.memory_stats()["allocation.all.allocated"]
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        call = bind(tensors, packed)
-        bound = torch.cuda.memory_stats()["allocation.all.allocated"]
-        call()
-        assert torch.cuda.memory_stats()["allocation.all.allocated"] == bound > before
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert_agrees(packed, case("mixed", CPU))
-
-
-@pytest.mark.gpu
-def test_runs_on_the_current_stream(bind: Bind) -> None:
-    """Both the bind, still under way on the other stream, and the values are waited for."""
-    x = torch.zeros(1 << 22, device=GPU)
-    packed = torch.empty(1, 6, dtype=torch.float64, device=GPU)
-    bind([x], packed)
-    stream = torch.cuda.Stream()
-    torch.cuda.synchronize()
-    torch.cuda._sleep(100_000_000)
-    call = bind([x], packed)
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(100_000_000)
-        x.fill_(2.0)
-        call()
-    stream.synchronize()
-    assert packed[0, 3:].tolist() == [2, 2 << 22, 4 << 22]
-
-
-@pytest.mark.gpu
-def test_triton_compiles_when_it_binds_and_never_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    triton = importlib.import_module("foreshock.ops.health_scan.triton")
-    if triton.why_unavailable("cuda") is not None:
-        pytest.skip(triton.why_unavailable("cuda"))
-    tensors = case("mixed", GPU)
-    packed = torch.empty(len(tensors), 6, dtype=torch.float64, device=GPU)
-    call = triton.bind(tensors, packed)
-    for kernel in (triton._health_scan_chunk_kernel, triton._health_scan_tensor_kernel):
-        monkeypatch.setattr(kernel, "_do_compile", None)
-    call()
-    triton.bind(tensors[::-1], packed)()
-    assert_agrees(packed, case("mixed", CPU)[::-1])
 
 
 if __name__ == "__main__":
