@@ -10,6 +10,7 @@ from foreshock import ops as ops
 if TYPE_CHECKING:
     from foreshock import guard as guard
     from foreshock import records as records
+    from foreshock import signals as signals
     from foreshock.guard import Action as Action
     from foreshock.guard import Guard as Guard
     from foreshock.monitor import Monitor as Monitor
@@ -23,6 +24,7 @@ _LAZY = {
     "Verdict": "foreshock.monitor",
     "guard": "",
     "records": "",
+    "signals": "",
 }
 
 
