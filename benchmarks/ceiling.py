@@ -31,7 +31,7 @@ def read_probe(tensors: list[torch.Tensor]) -> Callable[[], object]:
     """Reads every byte of contiguous host tensors, on torch's threads."""
     library = _library()
     spans = [(t.data_ptr(), t.nbytes // 8) for t in tensors]
-    numbers = tensors[0].flatten().view(torch.int64)[: tensors[0].nbytes // 512 * 64]
+    numbers = tensors[0].flatten().view(torch.uint8)[: tensors[0].nbytes // 8 * 8].view(torch.int64)
     expected = int(numbers.sum()) % 2**64
     assert library.read_all(spans[0][0], len(numbers)) == expected
 
