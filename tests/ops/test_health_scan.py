@@ -22,8 +22,9 @@ from tests.ops.conftest import CPU_SCANS, Scan
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATING_DTYPES}
 HAS_INF = [dtype for dtype in FLOATING_DTYPES if dtype is not torch.float8_e4m3fn]
 
-# Of the sum of the magnitudes of what is added. In float64 only the order differs: measured 3e-15 on
-# 1e7 elements. Four elements of up to 16 bits are first added in float32: three roundings of 6e-8.
+# Of the sum of the magnitudes of what is added. In float64 only the order differs: measured 3e-15
+# on 1e7 elements. Elements of up to 16 bits are first added in float32 by fours: three roundings of
+# 6e-8.
 SUM_TOLERANCE = {dtype: 1e-12 if dtype.itemsize > 2 else 1.8e-7 for dtype in FLOATING_DTYPES}
 
 # Around the widths at which the kernels change their way: a vector, a step, a block, a chunk.

@@ -94,8 +94,8 @@ def health_scan(tensors: Iterable[torch.Tensor | None] | torch.Tensor) -> Health
             bfloat16, float16, float8_e4m3fn, float8_e5m2), or one such tensor; of a DTensor the
             local shard is read; None counts as a tensor without elements.
     Returns:
-        HealthStats of (T,) tensors on that device. Counts are exact; sums are float64, with a
-        relative error under 1e-6 whatever the number and scale of the elements.
+        HealthStats of (T,) tensors on that device. Counts are exact; sums are float64, with an
+        error under 2e-7 of the sum of the magnitudes whatever the number and scale of elements.
     Raises:
         TypeError, ValueError: naming the place in `tensors`, what stands there and what may.
     Cost:
