@@ -32,8 +32,8 @@ typedef float F32 __attribute__((vector_size(FORESHOCK_VECTOR_BYTES)));
 typedef double F64 __attribute__((vector_size(FORESHOCK_VECTOR_BYTES)));
 
 #if FORESHOCK_VECTOR_BYTES == 64
-// By name: GCC makes five instructions of the generic conversion at this width. (Its own header sets
-// off a false warning, bug 105593.)
+// By name: GCC makes five instructions of the generic conversion at this width. (Its own header
+// sets off a false warning, bug 105593.)
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 F64 low_as_double(F32 x) { return _mm512_cvtps_pd(_mm512_castps512_ps256(x)); }
