@@ -64,10 +64,7 @@ def as_rows(timings: dict[str, Timing], num_bytes: int, ours: str) -> dict[str, 
     base = timings[ours].median_ms
     return {
         name: {
-            "median_ms": t.median_ms,
-            "p20_ms": t.p20_ms,
-            "p80_ms": t.p80_ms,
-            "rounds": t.rounds,
+            **t.row(),
             "gb_per_s": num_bytes / t.median_ms / 1e6,
             "times_ours": t.median_ms / base,
         }

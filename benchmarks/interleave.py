@@ -17,23 +17,29 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one call, over the rounds."""
+    """Milliseconds of one call, round by round."""
 
-    median_ms: float
-    p20_ms: float
-    p80_ms: float
-    rounds: int
+    each_ms: tuple[float, ...]
 
-    @classmethod
-    def of(cls, seconds: list[float]) -> Timing:
-        ordered = sorted(1e3 * s for s in seconds)
+    @property
+    def median_ms(self) -> float:
+        return statistics.median(self.each_ms)
+
+    def row(self) -> dict[str, float]:
+        """What is stored of it."""
+        ordered = sorted(self.each_ms)
         last = len(ordered) - 1
-        return cls(
-            statistics.median(ordered),
-            ordered[round(0.2 * last)],
-            ordered[round(0.8 * last)],
-            len(ordered),
-        )
+        return {
+            "median_ms": self.median_ms,
+            "p20_ms": ordered[round(0.2 * last)],
+            "p80_ms": ordered[round(0.8 * last)],
+            "rounds": len(ordered),
+        }
+
+    def over(self, base: Timing) -> float:
+        """Median of the ratios to what `base` took in the same round: moods of the machine that
+        last for a round cancel out."""
+        return statistics.median(a / b for a, b in zip(self.each_ms, base.each_ms, strict=True))
 
 
 def _seconds_on_host(call: Callable[[], object]) -> float:
@@ -80,7 +86,7 @@ def time_in_turn(
                 seconds[name].append(clock(variants[name]))
 
     benchmark.pedantic(one_round, rounds=rounds, iterations=1)
-    timings = {name: Timing.of(taken) for name, taken in seconds.items()}
+    timings = {name: Timing(tuple(1e3 * s for s in taken)) for name, taken in seconds.items()}
     benchmark.extra_info |= {name: timing.median_ms for name, timing in timings.items()}
     return timings
 
