@@ -142,17 +142,20 @@ class Monitor:
         Returns:
             The norm before clipping, (), float64 if a gradient is, else float32; NaN or infinite if
             a gradient is.
+        Raises:
+            TypeError, ValueError: max_norm is no number, or below 0.
         Cost:
             One read of the gradients, and one scaling pass if they are too large.
         """
-        if not float(max_norm) >= 0:
+        limit = _as_number(max_norm, "max_norm")
+        if not limit >= 0:
             raise ValueError(f"max_norm is {max_norm!r}; accepted: a number from 0 up")
         begun = self._journal.begin()
         try:
             finding = self._safely(self._watch.scan_gradients, None)
             if finding is None:
-                return torch.nn.utils.clip_grad_norm_(self._watch.parameters, max_norm)
-            norm = clip_gradients(self._watch.parameters, finding.norm, float(max_norm))
+                return torch.nn.utils.clip_grad_norm_(self._watch.parameters, limit)
+            norm = clip_gradients(self._watch.parameters, finding.norm, limit)
             self._watch.note_clipped()
             return norm
         finally:
@@ -170,7 +173,7 @@ class Monitor:
         """
         begun = self._journal.begin()
         try:
-            value = _as_number(loss)
+            value = _as_number(loss, "loss")
             return self._safely(lambda: self._judge(value), Verdict(self._watch.step))
         finally:
             self._journal.end(begun)
@@ -187,7 +190,10 @@ class Monitor:
         return verdict
 
     def finalize(self) -> dict[str, Any]:
-        """Stops watching, writes summary.json, and returns what it says. Again is harmless."""
+        """Stops watching, writes summary.json, and returns what it says. Again is harmless.
+
+        The parameters are looked at once more: what the last update made, no later step has seen.
+        """
         if self._summary is None:
             self._safely(self._watch.leave_loop, None)
             self._safely(self._watch.check_end, None)
@@ -314,13 +320,13 @@ def _checked_state(state: Mapping[str, Stateful]) -> Mapping[str, Stateful]:
     return state
 
 
-def _as_number(loss: torch.Tensor | float) -> float:
+def _as_number(value: torch.Tensor | float, name: str) -> float:
     try:
-        return float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
+        return float(value.detach() if isinstance(value, torch.Tensor) else value)
     except (TypeError, ValueError, RuntimeError):
-        given = type(loss).__name__
-        if isinstance(loss, torch.Tensor):
-            given = f"tensor of shape {tuple(loss.shape)} and {loss.dtype}"
+        given = type(value).__name__
+        if isinstance(value, torch.Tensor):
+            given = f"tensor of shape {tuple(value.shape)} and {value.dtype}"
         raise TypeError(
-            f"loss is a {given}; accepted: a number, or a tensor with one element"
+            f"{name} is a {given}; accepted: a number, or a tensor with one element"
         ) from None

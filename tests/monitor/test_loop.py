@@ -282,6 +282,20 @@ def test_memory_for_replay_is_bounded_by_the_snapshots(tmp_path: Path) -> None:
     monitor.finalize()
 
 
+@pytest.mark.parametrize("clean_steps", [0, 2, 9])
+def test_memory_is_bounded_while_snapshots_wait_to_be_proven(
+    tmp_path: Path, clean_steps: int
+) -> None:
+    monitor = t.make_monitor(
+        t.make_run(), tmp_path, snapshot_interval=2, depth=1, clean_steps=clean_steps
+    )
+    for _ in monitor.loop(range(60)):
+        monitor.step(1.0)
+        assert len(monitor._watch.history.ring.entries) <= 2
+        assert len(monitor._watch.history.source._kept) <= 2 * (clean_steps + 3)
+    assert monitor._watch.history.ring.entries[-1].step > 45
+
+
 def test_batches_are_not_kept_while_no_snapshot_can_be_taken(tmp_path: Path) -> None:
     """An optimizer whose state was never finite; training goes on, unprotected but bounded."""
     run = t.make_run()
@@ -318,6 +332,19 @@ def test_whatever_the_loop_does_after_a_rollback_is_undone(tmp_path: Path) -> No
                 run.optimizer.param_groups[0]["weight_decay"] = 7.0
                 run.optimizer.state.clear()
     t.assert_same_bits(run, clean)
+
+
+def test_gradients_can_still_be_looked_at_after_a_rollback(tmp_path: Path) -> None:
+    """The snapshot was taken when there were none."""
+    run = t.make_run(zeroes_first=False, strikes=[t.Strike(6, t.nan_in_weight)])
+    with t.make_monitor(run, tmp_path) as monitor:
+        for step, batch in monitor.loop(run.loader, epochs=2):
+            run.zeroes_first = True  # so that nothing clears them before we look
+            t.train_step(run, step, batch, monitor)
+            norms = [p.grad.norm().item() for p in run.model.parameters()]
+            assert len(norms) == 6
+            run.optimizer.zero_grad()
+    assert monitor.finalize()["guard"]["total_recoveries"] == 1
 
 
 def test_random_numbers_drawn_between_loops_are_part_of_the_run(tmp_path: Path) -> None:

@@ -124,6 +124,11 @@ def test_max_norm_must_be_a_number_from_0_up(monitor: Any, bad: float) -> None:
         monitor.clip_grad_norm_(bad)
 
 
+def test_max_norm_must_be_a_number(monitor: Any) -> None:
+    with pytest.raises(TypeError, match="max_norm is a str; accepted: a number"):
+        monitor.clip_grad_norm_("one")
+
+
 @pytest.mark.parametrize(
     ("bad", "said"),
     [

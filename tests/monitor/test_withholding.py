@@ -383,3 +383,31 @@ def test_model_and_optimizer_can_be_copied_and_saved_while_watched(tmp_path: Pat
         optimizer.step()
         assert all(p.isnan().all() for p in model.parameters())
     assert monitor.finalize()["guard"]["skipped_steps"] == 0
+
+
+def test_the_search_of_a_loss_scaler_for_its_scale_is_not_counted_as_skips(
+    tmp_path: Path,
+) -> None:
+    """It starts where every gradient is infinite; until they fit it does not call the optimizer."""
+    run = t.make_run(max_norm=None)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, backoff_factor=2.0**-10)
+    guard = fs.Guard(mode="recover", snapshot_interval=4, lr_backoff=1.0)
+    with fs.Monitor(run.model, run.optimizer, tmp_path, guard, state={"scaler": scaler}) as monitor:
+        struck = False
+        for step, (x, y) in monitor.loop(run.loader, epochs=4):
+            if step == 20 and not struck:
+                struck = True
+                with torch.no_grad():
+                    t.nan_in_weight(run)
+            run.optimizer.zero_grad()
+            loss = 1e12 * nn.functional.cross_entropy(run.model(x), y)
+            scaler.scale(loss).backward()
+            scaler.unscale_(run.optimizer)
+            assert monitor.step(loss / 1e12)
+            scaler.step(run.optimizer)
+            scaler.update()
+    summary = monitor.finalize()
+    assert summary["guard"]["anomalies_seen"] > 3
+    assert summary["guard"]["skipped_steps"] == 0
+    assert summary["guard"]["total_rollbacks"] == summary["guard"]["total_recoveries"] == 1
+    assert summary["total_steps"] == 24
