@@ -16,6 +16,7 @@
 #include "common/tensor_view.h"
 #include "common/threads.h"
 #include "health_scan/kernel.h"
+#include "power_iteration/kernel.h"
 
 namespace py = pybind11;
 
@@ -290,4 +291,5 @@ PYBIND11_MODULE(_kernels, m) {
         .def("__len__", &TensorTable::size);
 
     health_scan::register_entry_points(Registrar(m, "health_scan"));
+    power_iteration::register_entry_points(Registrar(m, "power_iteration"));
 }

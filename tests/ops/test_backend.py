@@ -86,9 +86,19 @@ def test_every_backend_is_explained() -> None:
 def test_every_op_has_every_room() -> None:
     """Design: adding an op is adding a folder of this shape."""
     for op in _backend.list_ops():
-        for room in ("reference", "cpu", "triton", "cuda", "register"):
-            if room != "triton" or importlib.util.find_spec("triton"):
-                importlib.import_module(f"foreshock.ops.{op}.{room}")
+        for room in ("reference", "cpu", "register"):
+            importlib.import_module(f"foreshock.ops.{op}.{room}")
+
+
+def test_an_op_without_a_backend_says_so() -> None:
+    without = [
+        (op, backend)
+        for op in _backend.list_ops()
+        for backend in ("triton", "cuda")
+        if importlib.util.find_spec(f"foreshock.ops.{op}.{backend}") is None
+    ]
+    for op, backend in without:
+        assert "no implementation" in _backend.explain(op, "cpu")[backend]
 
 
 # ---- the table that a bound op compares its tensors with

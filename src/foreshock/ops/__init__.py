@@ -2,5 +2,22 @@
 
 from foreshock.ops._backend import active_backends as active_backends
 from foreshock.ops.health_scan import HealthScanner, HealthStats, health_scan
+from foreshock.ops.power_iteration import (
+    PowerIterator,
+    PowerState,
+    SpectralStats,
+    kappa,
+    power_iteration,
+)
 
-__all__ = ["HealthScanner", "HealthStats", "active_backends", "health_scan"]
+__all__ = [
+    "HealthScanner",
+    "HealthStats",
+    "PowerIterator",
+    "PowerState",
+    "SpectralStats",
+    "active_backends",
+    "health_scan",
+    "kappa",
+    "power_iteration",
+]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import os
 import pkgutil
 from types import ModuleType
@@ -79,7 +80,10 @@ def _why_not(op: str, backend: str, device_type: str) -> tuple[ModuleType | None
             importlib.import_module("triton")
         except ImportError as error:
             return None, f"triton is not installed ({error})"
-    module = importlib.import_module(f"foreshock.ops.{op}.{backend}")
+    name = f"foreshock.ops.{op}.{backend}"
+    if importlib.util.find_spec(name) is None:
+        return None, f"{op} has no implementation in {backend} yet"
+    module = importlib.import_module(name)
     return module, module.why_unavailable(device_type)
 
 
