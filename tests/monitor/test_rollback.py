@@ -275,6 +275,16 @@ def test_trap_14_learning_rate_backs_off_out_of_sight_of_the_scheduler(tmp_path:
     assert t.events(tmp_path, "rollback_success")[0]["lr_factor"] == 0.5
 
 
+def test_faults_that_were_recovered_from_and_are_far_apart_are_never_too_many(
+    tmp_path: Path,
+) -> None:
+    clean = t.train(t.make_run(epochs=4))
+    run = t.make_run(epochs=4, strikes=[t.Strike(s, t.nan_in_weight) for s in range(5, 24, 4)])
+    summary = t.train_guarded(run, tmp_path, max_rollbacks=1, rollback_window=3)
+    assert summary["guard"]["total_rollbacks"] == summary["guard"]["total_recoveries"] == 5
+    t.assert_same_bits(run, clean)
+
+
 def test_learning_rate_compounds_over_rollbacks(tmp_path: Path) -> None:
     run = t.make_run(strikes=strikes_at(6, lives=3))
     t.train_guarded(run, tmp_path, lr_backoff=0.5, lr_recovery_steps=1000)

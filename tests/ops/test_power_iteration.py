@@ -19,7 +19,7 @@ from foreshock.ops import PowerIterator, power_iteration
 from foreshock.ops.power_iteration import cpu, reference
 from foreshock.ops.power_iteration.matrices import layout_of
 from foreshock.ops.power_iteration.state import initial_vector
-from tests.ops.spectral import (
+from tests.ops.power_iteration_cases import (
     ABOVE,
     BINDS,
     COMPILED,

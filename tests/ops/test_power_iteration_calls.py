@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from foreshock.ops import PowerIterator, PowerState, kappa, power_iteration
 from foreshock.ops.power_iteration import lanczos
 from foreshock.ops.power_iteration.matrices import Layout, as_matrix, layout_of
-from tests.ops.spectral import (
+from tests.ops.power_iteration_cases import (
     BINDS,
     COMPILED,
     error_of,
