@@ -2,7 +2,7 @@
 
 // A part of cpu.cpp, which is compiled once per instruction set; see there. How weights of each
 // element type become vectors of numbers, and the order that their lanes are met in.
-#if defined(__AVX512F__)
+#if defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -55,6 +55,11 @@ T load(const void* from) {
     return to;
 }
 
+template <class T>
+void store(void* to, T value) {
+    std::memcpy(to, &value, sizeof value);
+}
+
 double total(F64 x) {
     constexpr size_t kLanes = kBytes / sizeof(double);
     double lanes[kLanes];
@@ -71,15 +76,16 @@ double total(F32 x) {
     return total(__builtin_convertvector(low, F64) + __builtin_convertvector(high, F64));
 }
 
-// A format says how a vector of raw memory becomes kParts vectors of numbers, whether these are the
-// even and the odd elements or follow each other, and how a single element becomes a number.
+// A format says how as many bytes as a vector has become kParts vectors of numbers, whether these
+// are the even and the odd elements or follow each other, and how a single element becomes a
+// number.
 struct Float32 {
     using Raw = uint32_t;
     using Sum = float;
     using Vector = F32;
     static constexpr int kParts = 1;
     static constexpr bool kIsEvenOdd = false;
-    static Vector part(U32 raw, int) { return bit_cast<F32>(raw); }
+    static Vector part(const uint8_t* from, int) { return load<F32>(from); }
     static double decode(Raw raw) { return bit_cast<float>(raw); }
 };
 
@@ -89,7 +95,7 @@ struct Float64 {
     using Vector = F64;
     static constexpr int kParts = 1;
     static constexpr bool kIsEvenOdd = false;
-    static Vector part(U32 raw, int) { return bit_cast<F64>(raw); }
+    static Vector part(const uint8_t* from, int) { return load<F64>(from); }
     static double decode(Raw raw) { return bit_cast<double>(raw); }
 };
 
@@ -104,7 +110,8 @@ struct EvenOdd {
 };
 
 struct Bfloat16 : EvenOdd {
-    static Vector part(U32 raw, int p) {
+    static Vector part(const uint8_t* from, int p) {
+        const U32 raw = load<U32>(from);
         return bit_cast<F32>(p == 0 ? raw << 16 : raw & 0xffff0000u);
     }
     static double decode(Raw raw) { return bit_cast<float>(uint32_t{raw} << 16); }
@@ -127,15 +134,21 @@ struct Float16 : EvenOdd {
         return mask ? yes : no;
     }
     static double decode(Raw raw) { return widen<float>(uint32_t{raw}); }
-#if defined(__AVX512F__)
+#if defined(__F16C__)
     static constexpr bool kIsEvenOdd = false;
-    static Vector part(U32 raw, int p) {
-        __m256i halves[2];
-        std::memcpy(halves, &raw, sizeof raw);
-        return bit_cast<F32>(_mm512_maskz_cvtph_ps(0xffff, halves[p]));
+    static Vector part(const uint8_t* from, int p) {
+        from += kBytes / 2 * static_cast<size_t>(p);
+#if defined(__AVX512F__)
+        return bit_cast<F32>(_mm512_maskz_cvtph_ps(0xffff, load<__m256i>(from)));
+#else
+        return bit_cast<F32>(_mm256_cvtph_ps(load<__m128i>(from)));
+#endif
     }
 #else
-    static Vector part(U32 raw, int p) { return widen<F32>(p == 0 ? raw & 0xffffu : raw >> 16); }
+    static Vector part(const uint8_t* from, int p) {
+        const U32 raw = load<U32>(from);
+        return widen<F32>(p == 0 ? raw & 0xffffu : raw >> 16);
+    }
 #endif
 };
 

@@ -64,10 +64,9 @@ void dot_lines(const Rows<kRows>& rows, const typename Format::Sum* v, size_t li
         }
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
-            const U32 raw = load<U32>(rows.row[r] + i * kBytes);
 #pragma GCC unroll 2
             for (int p = 0; p < kParts; ++p) {
-                const Vector w = Format::part(raw, p);
+                const Vector w = Format::part(rows.row[r] + i * kBytes, p);
                 u[r] += w * vs[p];
                 if (p > 0 && p == kSquaredWithDot<Format>) wsq[r % kChains] += w * w;
             }
@@ -91,18 +90,19 @@ void add_lines(const Rows<kRows>& rows, const typename Format::Sum (&u)[kRows],
         if (i % kVectorsPerLine == 0) fetch.template step<kRows / 2>();
         typename Format::Sum* to = y + i * kParts * kLanes<Format>;
         Vector ys[kParts];
-        std::memcpy(ys, to, sizeof ys);
+#pragma GCC unroll 2
+        for (int p = 0; p < kParts; ++p) ys[p] = load<Vector>(to + p * kLanes<Format>);
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
-            const U32 raw = load<U32>(rows.row[r] + i * kBytes);
 #pragma GCC unroll 2
             for (int p = 0; p < kParts; ++p) {
-                const Vector w = Format::part(raw, p);
+                const Vector w = Format::part(rows.row[r] + i * kBytes, p);
                 ys[p] += us[r] * w;
                 if (p == kSquaredWithAdd) wsq[r % kChains] += w * w;
             }
         }
-        std::memcpy(to, ys, sizeof ys);
+#pragma GCC unroll 2
+        for (int p = 0; p < kParts; ++p) store(to + p * kLanes<Format>, ys[p]);
     }
     sum_wsq += total(wsq);
     ahead = fetch;
