@@ -37,17 +37,20 @@ ORDER_TOLERANCE = 1e-13
     st.integers(0, 10**6),
     st.sampled_from(["relative", "absolute"]),
     st.integers(3, 12),
+    st.one_of(st.none(), st.integers(1, 600)),
     st.integers(1, 40),
 )
 def test_every_matrix_and_the_aggregate_are_measured_as_by_the_functions(
-    seed: int, scale: Any, window: int, observations: int
+    seed: int, scale: Any, window: int, span: int | None, observations: int
 ) -> None:
     rng = np.random.default_rng(seed)
     kappa = rng.uniform(1, 100, size=(observations, 3))
     steps = np.cumsum(rng.integers(1, 100, size=observations))
-    tracker = tracker_of(3, scale=scale, window=window)
+    tracker = tracker_of(3, scale=scale, window=window, span=span)
     for step, row in zip(steps, kappa, strict=True):
         reading = observe(tracker, int(step), row)
+    if span is not None:
+        window = min(window, max(3, int((steps > steps[-1] - span).sum())))
     largest = kappa.max(axis=1)
     measured = {"": (reading.slope, reading.volatility)}
     measured |= {m.name: (m.slope, m.volatility) for m in tracker.worst(3)}
@@ -84,6 +87,19 @@ def test_growth_of_sigma_and_fall_of_stable_rank_are_relative_and_named() -> Non
     assert by_name["m0"].stable_rank == rank[0]
 
 
+@pytest.mark.parametrize("every", [1, 10, 50])
+def test_the_curve_of_a_healthy_run_is_no_volatility_however_rarely_it_is_looked_at(
+    every: int,
+) -> None:
+    """ln kappa as it was measured of the drill's GPT after its first steps: a slow saturation."""
+    steps = np.arange(300, 3000, every)
+    kappa = np.exp(3 + 0.3 * (1 - np.exp(-steps / 400)))
+    readings = follow(tracker_of(1), kappa[:, None], first=300, every=every)
+    assert {r.raw_level for r in readings[2:]} <= {STABLE, LEARNING}
+    unbounded = follow(tracker_of(1, span=None), kappa[:, None], first=300, every=every)
+    assert (INSTABILITY in {r.level for r in unbounded}) == (every > 1)
+
+
 def test_nothing_is_said_before_the_third_observation() -> None:
     tracker = tracker_of(2)
     assert tracker.worst(5) == ()
@@ -105,7 +121,7 @@ def test_a_model_without_matrices_can_be_followed() -> None:
 def test_after_a_million_observations_nothing_has_drifted() -> None:
     # The ring is what a million updates of it leave: only its last window is entered here, at the
     # steps and places of the end, on top of values of another magnitude.
-    tracker = tracker_of(1, scale="absolute", window=50)
+    tracker = tracker_of(1, scale="absolute", window=50, span=None)
     follow(tracker, np.full((60, 1), 1e15))
     state = tracker.state_dict()
     state["pushed"] += 10**6 + 13  # the next place is not the first

@@ -46,6 +46,10 @@ class SpectralSettings(Settings):
 
     window: int = Field(default=50, ge=3)
     """Observations that slope and volatility are taken over; older ones are forgotten."""
+    span: PositiveInt | None = 50
+    """Steps that they reach back, but for the last 3 observations, which always count; None: any.
+    The thresholds are made for the unrest of some 50 steps: over 2500, as 50 observations at every
+    50th step are, the curve that every healthy run draws would count as volatility."""
     patience: PositiveInt = 2
     """Observations in a row that must lie beyond a level before it changes, up or down."""
     scale: Scale = "relative"

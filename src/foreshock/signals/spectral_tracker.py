@@ -202,7 +202,8 @@ class SpectralTracker:
         """Makes later readings, bit for bit, those that the saved tracker would have given.
 
         Args:
-            state_dict: from a tracker of the same names, window, patience, scale and aggregate;
+            state_dict: from a tracker of the same names, window, span, patience, scale and
+                aggregate;
                 thresholds are this tracker's own.
         Raises:
             KeyError: an entry is missing.
@@ -226,7 +227,7 @@ class SpectralTracker:
 
     def _shape(self) -> dict[str, Any]:
         """The settings without which saved windows would mean something else."""
-        return self._settings.model_dump(include={"window", "patience", "scale", "aggregate"})
+        return self._settings.model_dump(include={"window", "span", "patience", "scale", "aggregate"})
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
         return {
@@ -293,7 +294,8 @@ class SpectralTracker:
 
     def _measure(self) -> None:
         """Slopes, volatilities and raw levels (-1: not known) of the windows as they are."""
-        self._lines = self._windows.fit(self._step or 0, self._settings.scale == "relative")
+        is_relative = self._settings.scale == "relative"
+        self._lines = self._windows.fit(self._step or 0, self._settings.span, is_relative)
         slope, volatility = self._lines.slope[_KAPPA], self._lines.spread
         self._raw = risk_levels(slope, volatility, self._settings.thresholds)
         self._raw[~self._lines.is_known] = -1

@@ -105,16 +105,27 @@ class SlidingWindows:
         self._weight_RW[row] = 0.0
         self._pushed_R[row] = 0
 
-    def fit(self, step: int, is_around_line: bool) -> Lines:
+    def fit(self, step: int, span: int | None, is_around_line: bool) -> Lines:
         """The lines through the windows as they are.
 
         Args:
             step: a recent one, from which steps are counted: a difference of integers is exact.
+            span: observations of this many steps up to `step` count, and the last 3; None: all.
             is_around_line: as for `fit_lines`.
         """
-        count = np.minimum(self._pushed_R, self._steps_RW.shape[1])
-        x = (self._steps_RW - step).astype(np.float64)
-        return fit_lines(x, self._values_SRW, self._weight_RW, count, is_around_line)
+        x_RW = (self._steps_RW - step).astype(np.float64)
+        values_SRW, weight_RW = self._values_SRW, self._weight_RW
+        if span is not None:
+            is_in_span = (x_RW > -span) | (self._ages_RW() < MIN_OBSERVATIONS)
+            if not (is_in_span | (weight_RW == 0)).all():
+                values_SRW, weight_RW = values_SRW * is_in_span, weight_RW * is_in_span
+        count_R = weight_RW.sum(axis=1)
+        return fit_lines(x_RW, values_SRW, weight_RW, count_R, is_around_line)
+
+    def _ages_RW(self) -> NDArray[np.int64]:
+        """How many observations came after the one in each place."""
+        size = self._steps_RW.shape[1]
+        return (self._pushed_R[:, None] - 1 - np.arange(size)) % size
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The live arrays, by name: what a copy of the windows is made of."""
