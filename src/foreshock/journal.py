@@ -17,6 +17,9 @@ from foreshock.guard import (
     Offender,
     Reason,
     Recovered,
+    Response,
+    RiskAnswered,
+    RiskLevelChanged,
     RolledBack,
     SnapshotDropped,
     UpdateSkipped,
@@ -33,6 +36,14 @@ _EVENT_NAMES: dict[type, str] = {
     Recovered: "recovered",
     SnapshotDropped: "snapshot_dropped",
     Aborted: "aborted",
+    RiskLevelChanged: "risk_level_changed",
+}
+_RESPONSE_NAMES = {
+    (Response.TAKE_SNAPSHOT, True): "snapshot_requested",
+    (Response.LOWER_LEARNING_RATE, True): "learning_rate_lowered",
+    (Response.TAKE_SNAPSHOT, False): "would_take_snapshot",
+    (Response.LOWER_LEARNING_RATE, False): "would_lower_learning_rate",
+    (Response.ROLL_BACK, False): "would_roll_back",
 }
 _MAX_WARNINGS_OF_A_KIND = 10
 
@@ -97,15 +108,15 @@ class Journal:
         said = _spelt_out(event)
         if isinstance(event, Aborted):
             self._abort = {"step": event.step, **said}
-        self._telemetry.write(_EVENT_NAMES[kind], event.step, **said)
-        if isinstance(event, Recovered):
-            _log.info("step %d passed", event.step)
+        self._telemetry.write(_name(event), event.step, **said)
+        if isinstance(event, Recovered | RiskLevelChanged):
+            _log.info("step %d: %s", event.step, _sentence(event))
         elif self._counts[kind] <= _MAX_WARNINGS_OF_A_KIND:
             is_last = self._counts[kind] == _MAX_WARNINGS_OF_A_KIND
             more = "; further ones only in telemetry.jsonl" if is_last else ""
             _log.warning("step %d: %s%s", event.step, _sentence(event), more)
 
-    def record_telemetry(self, step: int, **measured: float | None) -> None:
+    def record_telemetry(self, step: int, **measured: float | str | None) -> None:
         """Writes down what was measured at a step."""
         self._telemetry.write("telemetry", step, **measured, overhead_ms=self.mean_overhead_ms)
 
@@ -120,7 +131,11 @@ class Journal:
         self._telemetry.close()
 
     def write_summary(
-        self, total_steps: int, final_loss: float | None, mode: str
+        self,
+        total_steps: int,
+        final_loss: float | None,
+        mode: str,
+        spectral: Mapping[str, Any] | None,
     ) -> dict[str, Any]:
         """Writes summary.json; a disk that does not take it is only warned of.
 
@@ -131,6 +146,7 @@ class Journal:
             "total_steps": total_steps,
             "final_loss": final_loss,
             "guard": self._guard_summary(mode),
+            "spectral": None if spectral is None else dict(spectral),
             "overhead": self._overhead(),
             "dropped_records": self._telemetry.dropped_records,
         }
@@ -161,6 +177,12 @@ class Journal:
         return {"mean_ms": self.mean_overhead_ms, "percent": percent}
 
 
+def _name(event: Event) -> str:
+    if isinstance(event, RiskAnswered):
+        return _RESPONSE_NAMES[event.response, event.is_done]
+    return _EVENT_NAMES[type(event)]
+
+
 def _spelt_out(event: Event) -> dict[str, Any]:
     """An event's fields, but for its step, as they are written to telemetry."""
     said: dict[str, Any] = {}
@@ -170,8 +192,10 @@ def _spelt_out(event: Event) -> dict[str, Any]:
             said["reasons"] = [reason.value for reason in value]
         elif name == "offender":
             said["offender"] = None if value is None else dict(vars(value))
-        elif name == "would":
-            said["would"] = value.value
+        elif name in ("would", "response"):
+            said[name] = value.value
+        elif name in ("level", "before"):
+            said[name] = value.name
         elif name != "step":
             said[name] = value
     return said
@@ -187,6 +211,11 @@ def _sentence(event: Event) -> str:
         return f"snapshot dropped: {event.why}"
     if isinstance(event, Recovered):
         return "passed"
+    if isinstance(event, RiskLevelChanged):
+        return f"spectral risk {event.before.name} -> {event.level.name} ({event.worst_layer})"
+    if isinstance(event, RiskAnswered):
+        done = _RESPONSE_NAMES[event.response, event.is_done].replace("_", " ")
+        return f"spectral risk {event.level.name}: {done}"
     why = _because(event.reasons, event.offender)
     if isinstance(event, UpdateSkipped):
         return f"update withheld: {why}"

@@ -6,10 +6,10 @@ import logging
 import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 
 from foreshock.guard import (
     RESERVED_NAMES,
@@ -27,6 +27,8 @@ from foreshock.guard import (
 from foreshock.journal import Journal
 from foreshock.ops import active_backends
 from foreshock.settings import Settings
+from foreshock.signals import SpectralSettings, SpectralWatch
+from foreshock.spectral_risk import SpectralRisk
 
 __all__ = ["Monitor", "MonitorSettings", "Verdict"]
 
@@ -44,6 +46,23 @@ class MonitorSettings(Settings):
 
     telemetry_interval: PositiveInt = 10
     """Steps between telemetry records; events are recorded as they happen."""
+    spectral_enabled: bool = True
+    """Whether the spectra of the weight matrices are followed."""
+    spectral_interval: PositiveInt = 50
+    """Steps between looks at them. While their risk is WARNING or more, every step is looked at,
+    and has a telemetry record."""
+    spectral_include: tuple[str, ...] = ("*",)
+    """Shell patterns for the names of the parameters that are followed."""
+    spectral_exclude: tuple[str, ...] = ()
+    """Shell patterns for those that are not, though `spectral_include` names them."""
+    spectral_warmup: NonNegativeInt = 300
+    """First steps in which no level is answered: a model that begins to learn is restless."""
+    spectral_response: Literal["log", "act"] = "log"
+    """log: record what a level calls for. act: do it, unless the guard only observes. WARNING: a
+    snapshot after the next clean step. DANGER: that, and a lower learning rate. INSTABILITY:
+    rollback, or the end of training where the guard has no way back."""
+    spectral: SpectralSettings = SpectralSettings()
+    """How their risk is judged."""
 
 
 class Monitor:
@@ -74,14 +93,17 @@ class Monitor:
         state: more that belongs to the state of the run, by name: learning-rate scheduler, averaged
             weights, anything with `state_dict` and `load_state_dict`.
         telemetry_interval: steps between telemetry records.
-        unknown: answered with the nearest argument that there is.
+        spectral_enabled: whether the spectra of the weight matrices are followed.
+        spectral_interval: steps between looks at them.
+        more: the other fields of `MonitorSettings`; one that is unknown is answered with the
+            nearest that there is.
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is accepted.
         OSError: out_dir cannot be written to.
     Cost:
         Per step one read of the gradients and one of the parameters and, on an accelerator, one
         synchronisation for each. Snapshots (in `recover` mode) copy model and optimizer into host
-        memory.
+        memory. Every `spectral_interval` steps up to 14 reads of the weight matrices.
     """
 
     def __init__(
@@ -93,22 +115,49 @@ class Monitor:
         *,
         state: Mapping[str, Stateful] | None = None,
         telemetry_interval: int = 10,
-        **unknown: Any,
+        spectral_enabled: bool = True,
+        spectral_interval: int = 50,
+        **more: Any,
     ) -> None:
         _require(isinstance(model, torch.nn.Module), "model", model, "a torch.nn.Module")
         is_optimizer = isinstance(optimizer, torch.optim.Optimizer)
         _require(is_optimizer, "optimizer", optimizer, "a torch.optim.Optimizer")
         _require(guard is None or isinstance(guard, Guard), "guard", guard, "a foreshock.Guard")
-        self._settings = MonitorSettings(telemetry_interval=telemetry_interval, **unknown)
+        self._settings = MonitorSettings(
+            telemetry_interval=telemetry_interval,
+            spectral_enabled=spectral_enabled,
+            spectral_interval=spectral_interval,
+            **more,
+        )
         self._guard = guard or Guard()
         self._optimizer = optimizer
-        self._watch = Watch(
-            model, optimizer, _checked_state(state or {}), self._guard, self._record
-        )
-        self._journal = Journal(out_dir, self._config())
+        state = dict(_checked_state(state or {}))
+        spectra = self._follow_spectra(model)
+        if spectra is not None:
+            state["spectral"] = spectra
+        self._watch = Watch(model, optimizer, state, self._guard, self._record)
+        self._risk = None if spectra is None else self._make_risk(spectra)
+        self._journal = Journal(out_dir, self._config(spectra))
         self._summary: dict[str, Any] | None = None
         self._has_failed_inside = False
         self._gate = StepGate(optimizer, self._watch.learning_rate, self._admit, self._note_call)
+
+    def _follow_spectra(self, model: torch.nn.Module) -> SpectralWatch | None:
+        given = self._settings
+        if not given.spectral_enabled:
+            return None
+        return SpectralWatch(
+            dict(model.named_parameters()),
+            self._optimizer,
+            given.spectral_interval,
+            given.spectral_include,
+            given.spectral_exclude,
+            given.spectral,
+        )
+
+    def _make_risk(self, spectra: SpectralWatch) -> SpectralRisk:
+        warmup, may_act = self._settings.spectral_warmup, self._settings.spectral_response == "act"
+        return SpectralRisk(spectra, self._watch, self._guard, warmup, may_act, self._record)
 
     # ---- what a training loop calls
 
@@ -184,8 +233,10 @@ class Monitor:
         if self._summary is not None:
             return Verdict(self._watch.step)
         self._journal.steps_run += 1
-        verdict = self._watch.judge(loss)
-        if verdict.step % self._settings.telemetry_interval == 0:
+        is_unstable = self._risk is not None and self._risk.look()
+        verdict = self._watch.judge(loss, is_unstable=is_unstable)
+        is_burst = self._risk is not None and self._risk.calls_for_telemetry
+        if is_burst or verdict.step % self._settings.telemetry_interval == 0:
             self._record_telemetry(verdict.step, loss)
         return verdict
 
@@ -197,6 +248,8 @@ class Monitor:
         if self._summary is None:
             self._safely(self._watch.leave_loop, None)
             self._safely(self._watch.check_end, None)
+            if self._risk is not None:
+                self._own(self._risk.observe)
             self._gate.remove()
             self._journal.close()
             self._summary = self._write_summary()
@@ -288,20 +341,25 @@ class Monitor:
             train_loss=loss,
             grad_norm=self._watch.last_finding.finite_norm,
             learning_rate=None if rate is None else float(rate) * factor,
+            **({} if self._risk is None else self._risk.telemetry()),
         )
 
     def _write_summary(self) -> dict[str, Any]:
         return self._journal.write_summary(
-            self._watch.step, self._watch.last_loss, self._guard.mode
+            self._watch.step,
+            self._watch.last_loss,
+            self._guard.mode,
+            None if self._risk is None else self._risk.summary(),
         )
 
-    def _config(self) -> dict[str, Any]:
+    def _config(self, spectra: SpectralWatch | None) -> dict[str, Any]:
         return {
             "guard": self._guard.model_dump(),
             "monitor": self._settings.model_dump(),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "backends": active_backends(),
             "buffers_not_finite_from_the_start": self._watch.buffers_left_alone,
+            "spectral_passed_over": None if spectra is None else spectra.passed_over,
         }
 
 

@@ -28,7 +28,9 @@ def test_a_run_leaves_config_telemetry_and_summary(tmp_path: Path) -> None:
         config["guard"]
         == fs.Guard(mode="recover", snapshot_interval=4, lr_backoff=1.0).model_dump()
     )
-    assert config["monitor"] == {"telemetry_interval": 10}
+    assert config["monitor"]["telemetry_interval"] == 10
+    assert config["monitor"]["spectral"]["thresholds"]["danger"] == 0.004
+    assert config["spectral_passed_over"] == {}
     assert config["versions"]["torch"] == torch.__version__
     assert config["backends"]["health_scan"]["cpu"]
     assert read_summary(out_dir / "summary.json") == summary
@@ -172,7 +174,7 @@ def test_the_console_tells_the_story_in_sentences(
         "step 4: update withheld: NONFINITE_GRADIENT (gradient head.weight: 1 NaN of 24 values)",
         "step 7: rolled back to step 4, learning rate times 0.5: NONFINITE_WEIGHTS, "
         "NONFINITE_GRADIENT, NONFINITE_LOSS (parameter head.weight: 1 NaN of 24 values)",
-        "step 7 passed",
+        "step 7: passed",
     ]
 
 

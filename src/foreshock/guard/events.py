@@ -6,6 +6,8 @@ import dataclasses
 import enum
 from typing import Literal
 
+from foreshock.signals import RiskLevel
+
 
 class Action(enum.Enum):
     """What is to be done about a step."""
@@ -23,9 +25,18 @@ class Reason(enum.Enum):
     NONFINITE_GRADIENT = "NONFINITE_GRADIENT"
     NONFINITE_LOSS = "NONFINITE_LOSS"
     LOSS_OVER_THRESHOLD = "LOSS_OVER_THRESHOLD"
+    SPECTRAL_INSTABILITY = "SPECTRAL_INSTABILITY"
     CONSECUTIVE_SKIPS = "CONSECUTIVE_SKIPS"
     TOO_MANY_ROLLBACKS = "TOO_MANY_ROLLBACKS"
     NO_SNAPSHOT = "NO_SNAPSHOT"
+
+
+class Response(enum.Enum):
+    """What is done about a risk, before anything has gone wrong."""
+
+    TAKE_SNAPSHOT = "take_snapshot"
+    LOWER_LEARNING_RATE = "lower_learning_rate"
+    ROLL_BACK = "roll_back"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,4 +125,38 @@ class Aborted:
     offender: Offender | None
 
 
-Event = UpdateSkipped | AnomalySeen | RolledBack | Recovered | SnapshotDropped | Aborted
+@dataclasses.dataclass(frozen=True)
+class RiskLevelChanged:
+    """The spectra of the weights became more restless, or calmer."""
+
+    step: int
+    level: RiskLevel
+    before: RiskLevel
+    kappa: float
+    slope: float | None
+    volatility: float | None
+    worst_layer: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class RiskAnswered:
+    """What the level that has risen calls for; a rollback that is done is a `RolledBack`."""
+
+    step: int
+    level: RiskLevel
+    response: Response
+    is_done: bool
+    """Or would be done, were the mode and the settings others."""
+    lr_factor: float | None = None
+
+
+Event = (
+    UpdateSkipped
+    | AnomalySeen
+    | RolledBack
+    | Recovered
+    | SnapshotDropped
+    | Aborted
+    | RiskLevelChanged
+    | RiskAnswered
+)

@@ -23,7 +23,7 @@ from foreshock.guard.state import (
 )
 
 _GRADIENTS = "gradients"
-RESERVED_NAMES = ("parameters", "buffers", _GRADIENTS, "optimizer", "random", "data")
+RESERVED_NAMES = ("parameters", "buffers", _GRADIENTS, "optimizer", "random", "data", "spectral")
 """Names that no registered state may have."""
 
 
@@ -63,6 +63,8 @@ class History:
         self._returning_to: Snapshot | None = None
         self.has_start = False
         """Whether the first snapshot, of the run or of the open loop, has been tried."""
+        self.is_requested = False
+        """Whether a snapshot is to be taken after the next clean step, interval or not."""
         self.source: BatchSource | None = None
         """Where the batches of the open loop come from."""
 
@@ -85,7 +87,7 @@ class History:
         return None if returning_to is None else returning_to.step
 
     def take_if_due(self, step: int, *, is_within_accumulation: bool = False) -> None:
-        """Takes a snapshot between two steps: at the start, and then at the interval.
+        """Takes a snapshot between two steps: at the start, at the interval, and at request.
 
         Args:
             step: the one that is about to be run.
@@ -96,11 +98,13 @@ class History:
         """
         if self._guard.mode != "recover":
             return
-        is_due = not self.has_start or step % self._guard.snapshot_interval == 0
+        at_interval = step % self._guard.snapshot_interval == 0
+        is_due = not self.has_start or at_interval or self.is_requested
         is_enough = self.source is None or step in self._places
         has_it = is_enough and any(kept.step == step for kept in self.ring.entries)
         if is_due and not has_it and self.ring.has_room:
             self.has_start = True
+            self.is_requested = False
             self._gradients.carries_values = is_within_accumulation
             if self.ring.take(step) is not None and self.source is not None:
                 self._places[step] = self.source.capture()

@@ -18,6 +18,8 @@ class Signs:
     loss: float | None = None
     has_nonfinite_gradient: bool = False
     has_nonfinite_weights: bool = False
+    is_unstable: bool = False
+    """The spectra of the weights say so, and the monitor is told to act on it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,8 @@ class Policy:
             reasons = (*reasons, Reason.CONSECUTIVE_SKIPS)
         if self._guard.mode == "skip":
             # There is nothing to return to, and nothing is retried for ever.
-            is_hopeless = Reason.CONSECUTIVE_SKIPS in reasons
+            hopeless = {Reason.CONSECUTIVE_SKIPS, Reason.SPECTRAL_INSTABILITY}
+            is_hopeless = not hopeless.isdisjoint(reasons)
             return Decision(Action.ABORT if is_hopeless else Action.SKIP, reasons)
         if self._is_state_bad(reasons):
             return self._roll_back_or_abort(reasons, can_roll_back)
@@ -89,11 +92,18 @@ class Policy:
             reasons.append(Reason.NONFINITE_LOSS)
         elif signs.loss is not None and signs.loss > self._guard.violation_threshold:
             reasons.append(Reason.LOSS_OVER_THRESHOLD)
+        if signs.is_unstable:
+            reasons.append(Reason.SPECTRAL_INSTABILITY)
         return tuple(reasons)
 
     @staticmethod
     def _is_state_bad(reasons: tuple[Reason, ...]) -> bool:
-        bad = {Reason.NONFINITE_WEIGHTS, Reason.LOSS_OVER_THRESHOLD, Reason.CONSECUTIVE_SKIPS}
+        bad = {
+            Reason.NONFINITE_WEIGHTS,
+            Reason.LOSS_OVER_THRESHOLD,
+            Reason.SPECTRAL_INSTABILITY,
+            Reason.CONSECUTIVE_SKIPS,
+        }
         return not bad.isdisjoint(reasons)
 
     def _roll_back_or_abort(

@@ -42,6 +42,10 @@ class _Step:
     was_updated: bool = False
     was_withheld: bool = False
 
+    def request_snapshot(self) -> None:
+        """Has a snapshot taken as soon as a step has been clean; in recover mode, that is."""
+        self._wants_snapshot = True
+
     @property
     def was_stepped(self) -> bool:
         """Whether the optimizer was called."""
@@ -88,6 +92,7 @@ class Watch:
         self._current = _Step()
         self._is_within_accumulation = False
         self._has_been_stepped = False
+        self._wants_snapshot = False
         self._failed_step: int | None = None
         self._good: Snapshot | None = None
         self._has_warned_of_closure = False
@@ -133,6 +138,8 @@ class Watch:
         if was_stepped or not self._has_been_stepped:
             # A step within a gradient accumulation proves nothing of the optimizer's state.
             self.history.ring.note_clean_step()
+        self.history.is_requested |= self._wants_snapshot
+        self._wants_snapshot = False
         self._note_passed()
 
     def _note_passed(self) -> None:
@@ -141,13 +148,23 @@ class Watch:
             self._policy.note_recovery()
             self._failed_step = None
 
+    def request_snapshot(self) -> None:
+        """Has a snapshot taken as soon as a step has been clean; in recover mode, that is."""
+        self._wants_snapshot = True
+
+    @property
+    def was_stepped(self) -> bool:
+        """Whether the optimizer was called in the step that is being run."""
+        return self._current.was_stepped
+
     # ---- the verdict
 
-    def judge(self, loss: float) -> Verdict:
+    def judge(self, loss: float, *, is_unstable: bool = False) -> Verdict:
         """Says of the step that has been run whether it was a good one, and acts on it.
 
         Args:
             loss: of the step.
+            is_unstable: the spectra of the weights ask for a rollback.
         Returns:
             The verdict; a second one on a step is never better than the first.
         """
@@ -161,7 +178,7 @@ class Watch:
             return before
         if is_outside and not self.history.has_start:
             self.history.take_if_due(self.step)
-        verdict = self._judge(loss)
+        verdict = self._judge(loss, is_unstable)
         if is_outside and self._current.was_stepped:
             self.finish_step()
         return verdict
@@ -180,13 +197,14 @@ class Watch:
         else:
             self._note_passed()
 
-    def _judge(self, loss: float | None) -> Verdict:
+    def _judge(self, loss: float | None, is_unstable: bool = False) -> Verdict:
         now = self._current
         is_of_this_update = now.was_stepped and now.verdict is None
         finding = self.last_finding = self._known_finding(even_if_changed=is_of_this_update)
         is_normal = loss is not None and loss <= self._guard.violation_threshold
         has_bad_weights = self._are_weights_bad(finding.has_nonfinite or not is_normal)
-        verdict = self._decide(Signs(loss, finding.has_nonfinite, has_bad_weights))
+        signs = Signs(loss, finding.has_nonfinite, has_bad_weights, is_unstable)
+        verdict = self._decide(signs)
         if verdict.action is Action.CONTINUE and loss is not None:
             self.last_loss = loss
         return verdict

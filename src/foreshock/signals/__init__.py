@@ -10,15 +10,18 @@ from foreshock.signals.optimizer_state import (
 )
 from foreshock.signals.risk import RiskLevel, risk_level, slope, volatility
 from foreshock.signals.spectral_tracker import MatrixReading, SpectralReading, SpectralTracker
+from foreshock.signals.spectral_watch import SpectralObservation, SpectralWatch
 
 __all__ = [
     "MatrixReading",
     "RiskLevel",
     "RiskThresholds",
     "SecondMomentRms",
+    "SpectralObservation",
     "SpectralReading",
     "SpectralSettings",
     "SpectralTracker",
+    "SpectralWatch",
     "muon_ratio",
     "risk_level",
     "second_moment_rms",

@@ -130,6 +130,11 @@ class SpectralTracker:
         return RiskLevel(int(self._levels[-1]))
 
     @property
+    def raw_level(self) -> RiskLevel | None:
+        """The model's level by slope and volatility of this moment."""
+        return self._raw_level(-1)
+
+    @property
     def nbytes(self) -> int:
         """Memory that the windows hold; it does not grow."""
         return self._windows.nbytes
@@ -227,7 +232,9 @@ class SpectralTracker:
 
     def _shape(self) -> dict[str, Any]:
         """The settings without which saved windows would mean something else."""
-        return self._settings.model_dump(include={"window", "span", "patience", "scale", "aggregate"})
+        return self._settings.model_dump(
+            include={"window", "span", "patience", "scale", "aggregate"}
+        )
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
         return {

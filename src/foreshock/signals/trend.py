@@ -116,13 +116,13 @@ class SlidingWindows:
         x_RW = (self._steps_RW - step).astype(np.float64)
         values_SRW, weight_RW = self._values_SRW, self._weight_RW
         if span is not None:
-            is_in_span = (x_RW > -span) | (self._ages_RW() < MIN_OBSERVATIONS)
+            is_in_span = (x_RW > -span) | (self._ages() < MIN_OBSERVATIONS)
             if not (is_in_span | (weight_RW == 0)).all():
                 values_SRW, weight_RW = values_SRW * is_in_span, weight_RW * is_in_span
         count_R = weight_RW.sum(axis=1)
         return fit_lines(x_RW, values_SRW, weight_RW, count_R, is_around_line)
 
-    def _ages_RW(self) -> NDArray[np.int64]:
+    def _ages(self) -> NDArray[np.int64]:
         """How many observations came after the one in each place."""
         size = self._steps_RW.shape[1]
         return (self._pushed_R[:, None] - 1 - np.arange(size)) % size

@@ -110,18 +110,18 @@ def power_iteration(
         Golub and Kahan 1965 (Lanczos); Xu et al. 2018, "Accelerated Stochastic Power Iteration",
         on the momentum term; kappa_tilde after the condition-number proxies of training monitors.
     """
-    _check_iters(iters)
+    _check_iters(iters, "iters")
     if torch.compiler.is_compiling():
         return _traced_pass(as_list(weights, "weights"), state, iters)
     iterator = PowerIterator(weights, None if state is None else state.clone(), seed=seed)
     return iterator(iters=iters), iterator.state
 
 
-def _check_iters(iters: int | None) -> None:
+def _check_iters(iters: int | None, name: str) -> None:
     if iters is not None and (isinstance(iters, bool) or not isinstance(iters, int)):
-        raise TypeError(f"iters is a {type(iters).__name__}; accepted: None or an int of 1 or more")
+        raise TypeError(f"{name} is a {type(iters).__name__}; accepted: None or an int from 1 up")
     if iters is not None and iters < 1:
-        raise ValueError(f"iters is {iters}; accepted: None or an int of 1 or more")
+        raise ValueError(f"{name} is {iters}; accepted: None or an int from 1 up")
 
 
 def _traced_pass(
@@ -192,13 +192,19 @@ class PowerIterator:
         self.stats = SpectralStats.from_packed(packed, places, skipped)
 
     def __call__(
-        self, weights: list[Tensor | None] | None = None, iters: int | None = None
+        self,
+        weights: list[Tensor | None] | None = None,
+        iters: int | None = None,
+        *,
+        warm_iters: int = 1,
     ) -> SpectralStats:
         """Passes over the bound weights, or others of these shapes that take their places.
 
         Args:
             weights: a list; None for those already bound.
             iters: as for `power_iteration`.
+            warm_iters: passes where v is warm, if `iters` is None. Weights that have moved for k
+                steps since the last call are followed by min(k, 14): see docs/power_iteration.md.
         Returns:
             `self.stats`, valid until the next call.
         """
@@ -208,20 +214,21 @@ class PowerIterator:
             local = weights if self._are_plain else select_matrices(weights)[0]
             if not self._table.matches(local):
                 self._bind(list(weights), self.state)
-        if iters is None and self.state.is_all_warm:
+        if iters is None and warm_iters == 1 and self.state.is_all_warm:
             self._pass()
         else:
-            self._advance(iters)
+            self._advance(iters, warm_iters)
         return self.stats
 
     @torch.no_grad()
-    def _advance(self, iters: int | None) -> None:
+    def _advance(self, iters: int | None, warm_iters: int) -> None:
         """Cold starts, or as many passes as were asked for."""
-        _check_iters(iters)
+        _check_iters(iters, "iters")
+        _check_iters(warm_iters, "warm_iters")
         is_warm = self.state.is_warm
         for warm in (True, False) if iters is None else (None,):
             chosen = [m for m, is_so in enumerate(is_warm) if warm in (None, is_so)]
-            passes = iters or (1 if warm else lanczos.PASSES)
+            passes = iters or (warm_iters if warm else lanczos.PASSES)
             if len(chosen) == len(is_warm):
                 state, columns = self.state, self.state.columns
                 lanczos.advance(self._pass, state.vectors, self.stats.packed, columns, passes)

@@ -1,0 +1,143 @@
+"""From the spectra of the weights to what is done about them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+from foreshock.guard import (
+    Event,
+    Guard,
+    Response,
+    RiskAnswered,
+    RiskLevelChanged,
+    Watch,
+)
+from foreshock.signals import RiskLevel, SpectralObservation, SpectralReading, SpectralWatch
+
+_log = logging.getLogger("foreshock")
+
+
+class SpectralRisk:
+    """Looks at the spectra when it is time to, and answers a level that has risen.
+
+    Args:
+        spectra: of the model's weights.
+        watch: asked for what a level calls for.
+        guard: whose mode says what can be done at all.
+        warmup: first steps in which no level is answered.
+        may_act: whether answers are more than records.
+        record: told of each event.
+    """
+
+    def __init__(
+        self,
+        spectra: SpectralWatch,
+        watch: Watch,
+        guard: Guard,
+        warmup: int,
+        may_act: bool,
+        record: Callable[[Event], None],
+    ) -> None:
+        self._spectra = spectra
+        self._watch = watch
+        self._warmup = warmup
+        self._acts = may_act and guard.mode != "observe"
+        self._takes_snapshots = self._acts and guard.mode == "recover"
+        self._record = record
+        self._seen: SpectralObservation | None = None
+        self._highest = RiskLevel.STABLE
+        self._is_broken = False
+
+    @property
+    def calls_for_telemetry(self) -> bool:
+        """Whether the level is such that every step is to be told of."""
+        return self._spectra.level >= RiskLevel.WARNING
+
+    def look(self) -> bool:
+        """Looks if it is time to, and answers; true: the state is to be rolled back.
+
+        Cost: that of `SpectralWatch.observe`, if it is time.
+        """
+        step = self._watch.step
+        if self._is_broken or not self._spectra.is_due(step):
+            return False
+        before = self._spectra.level
+        reading = self.observe()
+        if reading is None or reading.level is before:
+            return False
+        measured = (reading.kappa, reading.slope, reading.volatility)
+        self._record(RiskLevelChanged(step, reading.level, before, *measured, _worst(reading)))
+        if reading.level < before or step < self._warmup:
+            return False
+        self._highest = max(self._highest, reading.level)
+        return self._answer(step, reading.level)
+
+    def observe(self) -> SpectralReading | None:
+        """Looks now. A fault in here ends the following of spectra, and nothing else."""
+        if self._is_broken or not self._spectra.names:
+            return None
+        try:
+            is_stepped = self._watch.was_stepped
+            self._seen = self._spectra.observe(self._watch.step, is_stepped=is_stepped)
+        except Exception:
+            _log.exception("foreshock no longer follows the spectra of the weights")
+            self._is_broken = True
+            return None
+        return self._seen.reading
+
+    def _answer(self, step: int, level: RiskLevel) -> bool:
+        if level is RiskLevel.INSTABILITY:
+            if not self._acts:
+                self._record(RiskAnswered(step, level, Response.ROLL_BACK, is_done=False))
+            return self._acts
+        if level >= RiskLevel.WARNING:
+            is_taken = self._takes_snapshots
+            self._record(RiskAnswered(step, level, Response.TAKE_SNAPSHOT, is_taken))
+            if is_taken:
+                self._watch.request_snapshot()
+        if level is RiskLevel.DANGER:
+            factor = self._watch.learning_rate.back_off() if self._acts else None
+            lowers = Response.LOWER_LEARNING_RATE
+            self._record(RiskAnswered(step, level, lowers, self._acts, factor))
+        return False
+
+    def telemetry(self) -> dict[str, float | str | None]:
+        """What was seen last; `spectral_step` says when."""
+        if self._seen is None:
+            return {}
+        reading = self._seen.reading
+        return {
+            "spectral_step": reading.step,
+            "spectral_kappa": _kappa(reading),
+            "spectral_slope": reading.slope,
+            "spectral_volatility": reading.volatility,
+            "risk_level": reading.level.name,
+            "worst_layer": _worst(reading),
+            "sigma_growth": reading.sigma_growth,
+            "stable_rank_fall": reading.stable_rank_fall,
+            "muon_ratio": self._seen.muon_ratio,
+            "second_moment_rms": self._seen.second_moment_rms,
+        }
+
+    def summary(self) -> dict[str, Any] | None:
+        """The end of the story; None if there was nothing to look at."""
+        if self._seen is None:
+            return None
+        reading = self._seen.reading
+        return {
+            "final_kappa": _kappa(reading),
+            "final_risk_level": reading.level.name,
+            "worst_layer": _worst(reading),
+            "highest_risk_level": self._highest.name,
+        }
+
+
+def _kappa(reading: SpectralReading) -> float | None:
+    return None if math.isnan(reading.kappa) else reading.kappa
+
+
+def _worst(reading: SpectralReading) -> str | None:
+    return reading.worst[0].name if reading.worst else None
