@@ -8,7 +8,7 @@ import os
 import time
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -31,6 +31,10 @@ def demo(
     guard: Annotated[bool, typer.Option(help="Let the guard act, or let the run die.")] = True,
     inject_nan: Annotated[bool, typer.Option(help="Make one weight NaN during the run.")] = True,
     strike_step: Annotated[int, typer.Option(help="Step at which it does.", min=0)] = 50,
+    inject_lr_spike: Annotated[
+        bool, typer.Option(help="Make the learning rate 30 times too high for 5 steps.")
+    ] = False,
+    spike_step: Annotated[int, typer.Option(help="Step at which it begins.", min=120)] = 150,
     steps: Annotated[int, typer.Option(help="Steps to train.", min=1)] = 200,
     out_dir: Annotated[
         Path | None, typer.Option(help="Directory for the files; default runs/demo-<time>.")
@@ -40,8 +44,9 @@ def demo(
 
     Exit code 0 if everything happened that should have, 1 if not.
     """
-    if inject_nan and strike_step >= steps:
-        raise typer.BadParameter(f"is {strike_step}; accepted: less than --steps, {steps}")
+    for is_wanted, step in ((inject_nan, strike_step), (inject_lr_spike, spike_step)):
+        if is_wanted and step >= steps:
+            raise typer.BadParameter(f"is {step}; accepted: less than --steps, {steps}")
     logging.getLogger("foreshock").setLevel(logging.ERROR)  # the demo tells the story itself
     console = Console()
     options = DemoOptions(
@@ -49,6 +54,7 @@ def demo(
         out_dir=out_dir or Path(f"runs/demo-{datetime.now():%Y%m%d-%H%M%S}"),
         is_guarded=guard,
         strike_step=strike_step if inject_nan else None,
+        spike_step=spike_step if inject_lr_spike else None,
     )
     begun = time.perf_counter()
     columns = (
@@ -60,13 +66,14 @@ def demo(
     )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=steps, loss="-")
-        told: list[int] = []  # without a guard every later step is bad too
+        told: list[str] = []  # without a guard every later step is bad too
 
         def show(step: int, loss: float, verdict: Verdict) -> None:
             progress.update(task, completed=step + 1, loss=f"{loss:.3f}")
-            if verdict.reasons and not told:
-                told.append(step)
-                progress.console.print(f"[red]step {step}:[/] {verdict.offender or 'bad loss'}")
+            reason = verdict.reasons[0].value if verdict.reasons else None
+            if reason is not None and reason not in told:
+                told.append(reason)
+                progress.console.print(f"[red]step {step}:[/] {verdict.offender or reason}")
 
         result = run_demo(options, show)
     _tell(console, options, result, time.perf_counter() - begun)
@@ -81,25 +88,29 @@ def _tell(console: Console, options: DemoOptions, result: DemoResult, seconds: f
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    if result.anomalies:
-        first = result.anomalies[0]
-        reasons = ", ".join(reason.value for reason in first.reasons)
-        table.add_row("what struck", f"{reasons} at step {first.step}")
-        table.add_row("where", str(first.offender))
+    for seen in result.anomalies if options.is_guarded else result.anomalies[:1]:
+        reasons = ", ".join(reason.value for reason in seen.reasons)
+        table.add_row("what struck", f"{reasons} at step {seen.step}")
+        if seen.offender is not None:
+            table.add_row("where", str(seen.offender))
         for event in result.rollbacks:
-            did = (
-                f"update withheld, state of step {event['to_step']} restored, "
-                f"learning rate x {event['lr_factor']:g}, returning to x 1"
-            )
-            table.add_row("what was done", did)
+            if event["step"] == seen.step:
+                did = (
+                    f"update withheld, state of step {event['to_step']} restored, "
+                    f"learning rate x {event['lr_factor']:g}, returning to x 1"
+                )
+                table.add_row("what was done", did)
         if not options.is_guarded:
-            table.add_row("what was done", f"nothing; with the guard: {first.action.value}")
+            table.add_row("what was done", f"nothing; with the guard: {seen.action.value}")
     if options.is_guarded:
         table.add_row("rollbacks", f"{guard['total_rollbacks']}")
         table.add_row("recoveries", f"{guard['total_recoveries']}")
         table.add_row("integrity", guard["integrity_status"])
     else:
         table.add_row("bad steps seen", f"{guard['anomalies_seen']}")
+    spectral = result.summary["spectral"]
+    table.add_row("kappa-tilde", f"{_number(spectral['final_kappa'])} ({spectral['worst_layer']})")
+    table.add_row("spectral risk", _risk_story(result.risks, spectral["final_risk_level"]))
     table.add_row("overhead", f"{overhead['mean_ms']:.2f} ms a step, {overhead['percent']:.2f} %")
     table.add_row("loss", f"{result.losses[min(result.losses)]:.3f} -> {result.losses[last]:.3f}")
     table.add_row("steps", f"{len(result.losses)} in {seconds:.1f} s")
@@ -113,6 +124,16 @@ def _tell(console: Console, options: DemoOptions, result: DemoResult, seconds: f
     console.print(table)
     for promise in result.broken_promises:
         console.print(f"[red]did not happen:[/] {promise}")
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.1f}"
+
+
+def _risk_story(risks: list[dict[str, Any]], final: str) -> str:
+    """The levels in the order they were reached."""
+    levels = ["STABLE", *(f"{r['level']} (step {r['step']})" for r in risks)]
+    return f"{final}; {' > '.join(levels)}" if risks else final
 
 
 _SWITCHES = ("FORESHOCK_BACKEND", "FORESHOCK_ISA", "FORESHOCK_STRICT")

@@ -18,6 +18,10 @@ from foreshock.records import read_telemetry
 
 STRUCK_PARAMETER = "blocks.2.mlp.up.weight"
 _STRUCK_PLACE = (7, 3)
+SPIKE_FACTOR = 30.0
+_SPIKE_STEPS = 5
+_SPECTRAL_INTERVAL = 10
+_SPECTRAL_WARMUP = 120
 _PROMPT = "The "
 
 
@@ -29,17 +33,19 @@ class DemoOptions:
     out_dir: Path = Path("runs/demo")
     is_guarded: bool = True
     strike_step: int | None = 50
-    """Step before which one weight becomes NaN; None: nothing strikes."""
+    """Step before which one weight becomes NaN; None: none does."""
+    spike_step: int | None = None
+    """Step from which the learning rate is 30 times too high, for 5 steps; None: it never is."""
     seed: int = 0
     recipe: Recipe = dataclasses.field(default_factory=Recipe)
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps is {self.steps}; accepted: at least 1")
-        if self.strike_step is not None and not 0 <= self.strike_step < self.steps:
-            raise ValueError(
-                f"strike_step is {self.strike_step}; accepted: 0 to {self.steps - 1}, or None"
-            )
+        for name, first in (("strike_step", 0), ("spike_step", _SPECTRAL_WARMUP)):
+            step, last = getattr(self, name), self.steps - 1
+            if step is not None and not first <= step <= last:
+                raise ValueError(f"{name} is {step}; accepted: {first} to {last}, or None")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +59,11 @@ class DemoResult:
     summary: dict[str, Any]
     rollbacks: list[dict[str, Any]]
     """Rollback events, as the telemetry file has them."""
+    risks: list[dict[str, Any]]
+    """Changes of the spectral risk, likewise."""
     sample: str | None
     """A line of text from the trained model; None if it no longer predicts anything."""
-    broken_promises: list[str]
+    broken_promises: list[str] = dataclasses.field(default_factory=list)
     """What should have happened and did not."""
 
 
@@ -64,11 +72,19 @@ def run_demo(options: DemoOptions, show: Callable[[int, float, Verdict], None]) 
     run = build(options.seed, options.recipe)
     guard = Guard(mode="recover" if options.is_guarded else "observe", snapshot_interval=10)
     monitor = Monitor(
-        run.model, run.optimizer, options.out_dir, guard, state={"scheduler": run.scheduler}
+        run.model,
+        run.optimizer,
+        options.out_dir,
+        guard,
+        state={"scheduler": run.scheduler},
+        spectral_interval=_SPECTRAL_INTERVAL,
+        spectral_warmup=_SPECTRAL_WARMUP,
+        spectral_response="act",
     )
     losses: dict[int, float] = {}
     anomalies: list[Verdict] = []
     has_struck = False
+    spikes_left = 0 if options.spike_step is None else _SPIKE_STEPS
 
     for step, (x_BT, y_BT) in monitor.loop(run.batches):
         if step == options.steps:
@@ -81,6 +97,9 @@ def run_demo(options: DemoOptions, show: Callable[[int, float, Verdict], None]) 
         loss.backward()
         monitor.clip_grad_norm_(options.recipe.max_norm)
         verdict = monitor.step(loss)
+        if spikes_left and step >= (options.spike_step or 0):
+            spikes_left -= 1
+            multiply_learning_rate(run.optimizer, SPIKE_FACTOR)
         run.optimizer.step()
         run.scheduler.step()
 
@@ -94,15 +113,22 @@ def run_demo(options: DemoOptions, show: Callable[[int, float, Verdict], None]) 
     summary = monitor.finalize()
     telemetry = read_telemetry(options.out_dir / "telemetry.jsonl")
     rollbacks = [r for r in telemetry.records if r["event"] == "rollback_success"]
+    risks = [r for r in telemetry.records if r["event"] == "risk_level_changed"]
     sample = sample_line(run.model) if math.isfinite(losses[max(losses)]) else None
-    broken = list(_broken_promises(options, losses, anomalies, summary))
-    return DemoResult(losses, anomalies, summary, rollbacks, sample, broken)
+    result = DemoResult(losses, anomalies, summary, rollbacks, risks, sample)
+    return dataclasses.replace(result, broken_promises=_broken_promises(options, result))
 
 
 def strike(model: GPT) -> None:
     """Makes one weight NaN, as a flipped bit or a faulty kernel would."""
     with torch.no_grad():
         model.get_parameter(STRUCK_PARAMETER)[_STRUCK_PLACE] = math.nan
+
+
+def multiply_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """For one update: the scheduler of the recipe sets the rate anew after each."""
+    for group in optimizer.param_groups:
+        group["lr"] *= factor
 
 
 def sample_line(model: GPT, length: int = 72) -> str:
@@ -113,19 +139,16 @@ def sample_line(model: GPT, length: int = 72) -> str:
     return " ".join(vocabulary.decode(tokens).split())
 
 
-def _broken_promises(
-    options: DemoOptions,
-    losses: dict[int, float],
-    anomalies: list[Verdict],
-    summary: dict[str, Any],
-) -> list[str]:
-    is_struck = options.strike_step is not None
+def _broken_promises(options: DemoOptions, result: DemoResult) -> list[str]:
+    is_struck, is_spiked = options.strike_step is not None, options.spike_step is not None
+    losses, anomalies, guard = result.losses, result.anomalies, result.summary["guard"]
     survives = options.is_guarded or not is_struck
     first = anomalies[0] if anomalies else None
+    expected = int(is_struck) + int(is_spiked and options.is_guarded)
     checks = {
         "every step was run": len(losses) == options.steps,
         "the run ends with a finite loss": math.isfinite(losses[max(losses)]) == survives,
-        "only what was planted is reported": (first is not None) == is_struck,
+        "only what was planted is reported": bool(anomalies) == bool(expected),
         "the files are written": all((options.out_dir / name).is_file() for name in FILES),
     }
     if not survives:
@@ -136,10 +159,14 @@ def _broken_promises(
             (first.step if first else None, offender.name, offender.nan)
             == (options.strike_step, STRUCK_PARAMETER, 1)
         )
-    if is_struck and options.is_guarded:
-        guard = summary["guard"]
-        checks["one rollback, one recovery"] = (
-            guard["total_rollbacks"] == guard["total_recoveries"] == len(anomalies) == 1
+    if is_spiked and survives:
+        raised = [r["step"] for r in result.risks if r["level"] in ("DANGER", "INSTABILITY")]
+        checks["the risk level shows the spike"] = bool(raised) and raised[-1] >= max(
+            options.spike_step or 0, _SPECTRAL_WARMUP
+        )
+    if options.is_guarded and expected:
+        checks["a rollback and a recovery for each"] = (
+            guard["total_rollbacks"] == guard["total_recoveries"] == len(anomalies) == expected
         )
     return [promise for promise, is_kept in checks.items() if not is_kept]
 
