@@ -1,4 +1,4 @@
-"""What happens to a run, written down as it happens: telemetry.jsonl, summary.json, config.json."""
+"""What happens to a run, written down as it happens, in the files of its directory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from foreshock.guard import (
     SnapshotDropped,
     UpdateSkipped,
 )
-from foreshock.records import TelemetryWriter, write_atomically, write_summary
+from foreshock.records import Ledger, TelemetryWriter, write_atomically, write_summary
 from foreshock.records.strict_json import dump_json
 
 _log = logging.getLogger("foreshock")
@@ -34,6 +34,7 @@ _EVENT_NAMES: dict[type, str] = {
     SnapshotDropped: "snapshot_dropped",
     Aborted: "aborted",
 }
+_IN_LEDGER = (UpdateSkipped, RolledBack, SnapshotDropped, Aborted)
 _MAX_WARNINGS_OF_A_KIND = 10
 
 
@@ -58,12 +59,16 @@ class Journal:
         try:
             self._out_dir.mkdir(parents=True, exist_ok=True)
             write_atomically(self._out_dir / "config.json", dump_json(config))
-            self._telemetry = TelemetryWriter(self._out_dir / "telemetry.jsonl")
+            self._ledger = self._open_ledger()
+            self._telemetry = TelemetryWriter(
+                self._out_dir / "telemetry.jsonl", ledger=self._ledger
+            )
         except OSError as error:
             # The class of the error follows from its number.
             why = f"out_dir cannot be written to ({error.strerror}); accepted: a directory that can"
             raise OSError(error.errno, why, str(self._out_dir)) from error
         self._counts: Counter[type] = Counter()
+        self._num_unledgered = 0
         self._abort: dict[str, Any] | None = None
         self._started: float | None = None
         self._own_seconds = 0.0
@@ -98,6 +103,10 @@ class Journal:
         if isinstance(event, Aborted):
             self._abort = {"step": event.step, **said}
         self._telemetry.write(_EVENT_NAMES[kind], event.step, **said)
+        if isinstance(event, _IN_LEDGER):
+            self._write_to_ledger(_EVENT_NAMES[kind], event.step, said)
+        if isinstance(event, RolledBack) and event.lr_factor != 1:
+            self._write_to_ledger("lr_changed", event.step, {"lr_factor": event.lr_factor})
         if isinstance(event, Recovered):
             _log.info("step %d passed", event.step)
         elif self._counts[kind] <= _MAX_WARNINGS_OF_A_KIND:
@@ -113,10 +122,29 @@ class Journal:
         """Waits until what was recorded is on disk, but no longer than this many seconds."""
         self._telemetry.flush(timeout)
 
+    def _open_ledger(self) -> Ledger | None:
+        try:
+            return Ledger(self._out_dir / "ledger.jsonl")
+        except (OSError, ValueError) as error:  # held by another run, or broken: to be left alone
+            _log.warning(
+                "ledger.jsonl is not written: %s. Training goes on; lost_ledger_records in the "
+                "summary counts what is missing.",
+                error,
+            )
+            return None
+
+    def _write_to_ledger(self, event: str, step: int, evidence: dict[str, Any]) -> None:
+        if self._ledger is None:
+            self._num_unledgered += 1
+            return
+        self._telemetry.write_to_ledger(
+            event, policy="guard", operator="auto", scope={"step": step}, evidence=evidence
+        )
+
     # ---- the end
 
     def close(self) -> None:
-        """Ends telemetry.jsonl."""
+        """Ends telemetry.jsonl and ledger.jsonl."""
         self._telemetry.close()
 
     def write_summary(
@@ -132,7 +160,11 @@ class Journal:
             "final_loss": final_loss,
             "guard": self._guard_summary(mode),
             "overhead": self._overhead(),
+            "ledger_head": None if self._ledger is None else self._ledger.head,
             "dropped_records": self._telemetry.dropped_records,
+            "lost_ledger_records": (
+                self._num_unledgered if self._ledger is None else self._ledger.lost_records
+            ),
         }
         try:
             write_summary(self._out_dir / "summary.json", summary)
