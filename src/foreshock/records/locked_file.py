@@ -92,16 +92,17 @@ class LockedFile:
         return os.fstat(self._descriptor).st_size
 
     def check_unchanged(self, size: int) -> None:
-        """Makes sure that what is written now will be found at the path, behind what is expected.
+        """Makes sure that what is written now will be found, behind what is expected there.
 
         Args:
             size: in bytes, as the last write has left it.
 
         Raises:
-            OSError: the file was removed, replaced or written to by someone else.
+            OSError: the file was removed, replaced or written to by someone else. Moved to
+                another name it is still the same file.
         """
-        own, named = os.fstat(self._descriptor), os.stat(self._path)
-        if (own.st_dev, own.st_ino) != (named.st_dev, named.st_ino) or own.st_size != size:
+        status = os.fstat(self._descriptor)
+        if status.st_nlink == 0 or status.st_size != size:
             why = "the file was removed, replaced or written to by someone else"
             raise OSError(errno.ESTALE, why, str(self._path))
 
