@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import time
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,10 +15,13 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
+from foreshock import records
 from foreshock.drill.demo import FILES, DemoOptions, DemoResult, run_demo
 from foreshock.monitor import Verdict
 from foreshock.ops._backend import active_isa, explain, list_ops, load_kernels
+from foreshock.records.ledger_verification import head_in_summary
 
 app = typer.Typer(
     help="Watches a PyTorch training run from inside and keeps it alive.",
@@ -170,6 +174,86 @@ def info() -> None:
             for backend, said in explain(op, device).items():
                 table.add_row(f"{op} on {device}", f"{backend}: {said}")
     console.print(table)
+
+
+_FILE = {"exists": True, "dir_okay": False, "readable": True}
+
+
+@app.command()
+def verify(
+    ledger: Annotated[Path, typer.Argument(help="A ledger.jsonl.", **_FILE)],
+    head: Annotated[
+        str | None,
+        typer.Option(help="Hash of a line that must be there; default: summary.json beside it."),
+    ] = None,
+    key_file: Annotated[
+        Path | None, typer.Option(help="File whose bytes are the HMAC key.", **_FILE)
+    ] = None,
+    public_key: Annotated[
+        Path | None, typer.Option(help="Ed25519 public key: PEM, or 32 bytes.", **_FILE)
+    ] = None,
+) -> None:
+    """Find the first line of a ledger that was altered, removed, inserted or reordered.
+
+    Exit code 0 if the ledger is intact, 1 if it is not, 2 if it could not be verified.
+    """
+    try:
+        head_source = "--head" if head is not None else "summary.json"
+        found = records.verify(
+            ledger,
+            head=head if head is not None else head_in_summary(ledger),
+            hmac_key=None if key_file is None else key_file.read_bytes(),
+            public_key=None if public_key is None else public_key.read_bytes(),
+        )
+    except (OSError, TypeError, ValueError, ImportError) as error:
+        raise typer.BadParameter(str(error)) from None
+    _tell_verification(Console(), ledger, found, head_source)
+    if not found:
+        raise typer.Exit(1)
+
+
+def _tell_verification(
+    console: Console, ledger: Path, found: records.Verification, head_source: str
+) -> None:
+    if found:
+        said = f": {ledger}, {_lines(found.lines)}"
+        console.print(Text.assemble(("intact", "bold green"), said), soft_wrap=True)
+    else:
+        said = f": {ledger}, line {found.first_bad_line}: {found.problem}"
+        console.print(Text.assemble(("broken", "bold red"), said), soft_wrap=True)
+        console.print(f"before it {_lines(found.lines)} that fit together")
+    console.print(f"head of these: {found.head}", soft_wrap=True)
+    for line in _limits(found, head_source) if found else ():
+        console.print(line, soft_wrap=True)
+
+
+def _lines(number: int) -> str:
+    return "1 line" if number == 1 else f"{number} lines"
+
+
+def _limits(found: records.Verification, head_source: str) -> Iterator[str]:
+    """What a ledger that is intact proves, and what it does not."""
+    if found.torn_bytes:
+        yield (
+            f"line {found.lines + 1} is unfinished ({found.torn_bytes} bytes): it is being "
+            "written, a kill has torn it, or it was cut"
+        )
+    if found.head_line is None:
+        yield "not proven: that no lines are missing at the end; give --head"
+    else:
+        added = found.lines - found.head_line
+        yield f"complete up to line {found.head_line}, the head in {head_source}" + (
+            f"; behind it {_lines(added)}" if added else ""
+        )
+    if found.is_keyed:
+        yield "every line bears the HMAC of the key"
+    if found.is_signed:
+        yield "every line bears the signature of the key"
+    if not (found.is_keyed or found.is_signed):
+        yield (
+            "not proven: that nobody wrote the whole chain anew; give --key-file or --public-key "
+            "for a ledger that was written with a key, or a --head that was kept elsewhere"
+        )
 
 
 if __name__ == "__main__":

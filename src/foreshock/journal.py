@@ -1,4 +1,4 @@
-"""What happens to a run, written down as it happens: telemetry.jsonl, summary.json, config.json."""
+"""What happens to a run, written down as it happens, in the files of its directory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from foreshock.guard import (
     SnapshotDropped,
     UpdateSkipped,
 )
-from foreshock.records import TelemetryWriter, write_atomically, write_summary
+from foreshock.records import Ledger, TelemetryWriter, write_atomically, write_summary
 from foreshock.records.strict_json import dump_json
 
 _log = logging.getLogger("foreshock")
@@ -69,12 +69,16 @@ class Journal:
         try:
             self._out_dir.mkdir(parents=True, exist_ok=True)
             write_atomically(self._out_dir / "config.json", dump_json(config))
-            self._telemetry = TelemetryWriter(self._out_dir / "telemetry.jsonl")
+            self._ledger = self._open_ledger()
+            self._telemetry = TelemetryWriter(
+                self._out_dir / "telemetry.jsonl", ledger=self._ledger
+            )
         except OSError as error:
             # The class of the error follows from its number.
             why = f"out_dir cannot be written to ({error.strerror}); accepted: a directory that can"
             raise OSError(error.errno, why, str(self._out_dir)) from error
         self._counts: Counter[type] = Counter()
+        self._num_unledgered = 0
         self._abort: dict[str, Any] | None = None
         self._started: float | None = None
         self._own_seconds = 0.0
@@ -108,7 +112,12 @@ class Journal:
         said = _spelt_out(event)
         if isinstance(event, Aborted):
             self._abort = {"step": event.step, **said}
-        self._telemetry.write(_name(event), event.step, **said)
+        name = _name(event)
+        self._telemetry.write(name, event.step, **said)
+        if _belongs_in_ledger(event):
+            self._write_to_ledger(name, event.step, said)
+        if isinstance(event, RolledBack) and event.lr_factor != 1:
+            self._write_to_ledger("lr_changed", event.step, {"lr_factor": event.lr_factor})
         if isinstance(event, Recovered | RiskLevelChanged):
             _log.info("step %d: %s", event.step, _sentence(event))
         elif self._counts[kind] <= _MAX_WARNINGS_OF_A_KIND:
@@ -124,10 +133,29 @@ class Journal:
         """Waits until what was recorded is on disk, but no longer than this many seconds."""
         self._telemetry.flush(timeout)
 
+    def _open_ledger(self) -> Ledger | None:
+        try:
+            return Ledger(self._out_dir / "ledger.jsonl")
+        except (OSError, ValueError) as error:  # held by another run, or broken: to be left alone
+            _log.warning(
+                "ledger.jsonl is not written: %s. Training goes on; lost_ledger_records in the "
+                "summary counts what is missing.",
+                error,
+            )
+            return None
+
+    def _write_to_ledger(self, event: str, step: int, evidence: dict[str, Any]) -> None:
+        if self._ledger is None:
+            self._num_unledgered += 1
+            return
+        self._telemetry.write_to_ledger(
+            event, policy="guard", operator="auto", scope={"step": step}, evidence=evidence
+        )
+
     # ---- the end
 
     def close(self) -> None:
-        """Ends telemetry.jsonl."""
+        """Ends telemetry.jsonl and ledger.jsonl."""
         self._telemetry.close()
 
     def write_summary(
@@ -148,7 +176,11 @@ class Journal:
             "guard": self._guard_summary(mode),
             "spectral": None if spectral is None else dict(spectral),
             "overhead": self._overhead(),
+            "ledger_head": None if self._ledger is None else self._ledger.head,
             "dropped_records": self._telemetry.dropped_records,
+            "lost_ledger_records": (
+                self._num_unledgered if self._ledger is None else self._ledger.lost_records
+            ),
         }
         try:
             write_summary(self._out_dir / "summary.json", summary)
@@ -181,6 +213,13 @@ def _name(event: Event) -> str:
     if isinstance(event, RiskAnswered):
         return _RESPONSE_NAMES[event.response, event.is_done]
     return _EVENT_NAMES[type(event)]
+
+
+def _belongs_in_ledger(event: Event) -> bool:
+    """What was done to the run, or lost of it; not what was only seen."""
+    if isinstance(event, RiskAnswered):
+        return event.is_done
+    return isinstance(event, UpdateSkipped | RolledBack | SnapshotDropped | Aborted)
 
 
 def _spelt_out(event: Event) -> dict[str, Any]:

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 import foreshock as fs
-from foreshock.records import read_summary, read_telemetry
+from foreshock.guard import Recovered, SnapshotDropped
+from foreshock.journal import Journal
+from foreshock.records import Ledger, read_ledger, read_summary, read_telemetry, verify
 from foreshock.records.line_file import LineFile
 from tests.monitor import training as t
 
@@ -22,7 +24,9 @@ def test_a_run_leaves_config_telemetry_and_summary(tmp_path: Path) -> None:
     run = t.make_run()
     summary = t.train_guarded(run, tmp_path / "deep" / "run")
     out_dir = tmp_path / "deep" / "run"
-    assert sorted(os.listdir(out_dir)) == ["config.json", "summary.json", "telemetry.jsonl"]
+    assert sorted(os.listdir(out_dir)) == [
+        "config.json", "ledger.jsonl", "summary.json", "telemetry.jsonl",
+    ]  # fmt: skip
     config = json.loads((out_dir / "config.json").read_text())
     assert (
         config["guard"]
@@ -196,3 +200,93 @@ def test_a_run_directory_is_continued(tmp_path: Path) -> None:
         t.train_guarded(t.make_run(epochs=1), tmp_path)
     records: list[dict[str, Any]] = read_telemetry(tmp_path / "telemetry.jsonl").records
     assert [r["event"] for r in records] == ["start", "telemetry"] * 2
+
+
+def test_what_the_guard_did_is_in_the_ledger_and_its_head_in_the_summary(tmp_path: Path) -> None:
+    run = t.make_run(epochs=3)
+    run.strikes = [
+        t.Strike(4, t.nan_in_gradient, "backward"),
+        t.Strike(7, t.nan_in_weight),
+    ]
+    summary = t.train_guarded(run, tmp_path, lr_backoff=0.5)
+    records = read_ledger(tmp_path / "ledger.jsonl")
+    assert [(r["event"], r["scope"]["step"]) for r in records] == [
+        ("update_skipped", 4), ("rollback_success", 7), ("lr_changed", 7),
+    ]  # fmt: skip
+    assert all(r["policy"] == "guard" and r["operator"] == "auto" for r in records)
+    assert records[0]["evidence"]["offender"]["name"] == "head.weight"
+    assert records[1]["evidence"]["to_step"] == 4
+    assert records[2]["evidence"] == {"lr_factor": 0.5}
+    assert summary["lost_ledger_records"] == 0
+    found = verify(tmp_path / "ledger.jsonl", head=summary["ledger_head"])
+    assert (found.is_intact, found.head_line) == (True, 3)
+
+
+def test_an_abort_is_in_the_ledger_before_the_run_ends(tmp_path: Path) -> None:
+    run = t.make_run(strikes=[t.Strike(1, t.nan_in_weight)])
+    monitor = t.make_monitor(run, tmp_path)
+    t.train(run, monitor)
+    head = read_summary(tmp_path / "summary.json")["ledger_head"]
+    assert verify(tmp_path / "ledger.jsonl", head=head).head_line == 1
+    assert read_ledger(tmp_path / "ledger.jsonl")[0]["event"] == "aborted"
+    monitor.finalize()
+
+
+def test_a_lost_snapshot_is_in_the_ledger(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, {})
+    journal.record(SnapshotDropped(3, "its checksum no longer fits"))
+    journal.record(Recovered(4))
+    journal.close()
+    (record,) = read_ledger(tmp_path / "ledger.jsonl")
+    assert (record["event"], record["scope"]) == ("snapshot_dropped", {"step": 3})
+    assert record["evidence"] == {"why": "its checksum no longer fits"}
+
+
+def test_a_resumed_run_continues_the_ledger(tmp_path: Path) -> None:
+    heads = []
+    for _ in range(2):
+        run = t.make_run(strikes=[t.Strike(4, t.nan_in_gradient, "backward")])
+        heads.append(t.train_guarded(run, tmp_path)["ledger_head"])
+    assert verify(tmp_path / "ledger.jsonl", head=heads[0]).head_line == 1
+    assert verify(tmp_path / "ledger.jsonl", head=heads[1]).head_line == 2
+
+
+@pytest.mark.parametrize("obstacle", ["held", "broken", "directory"])
+def test_a_ledger_that_cannot_be_written_is_warned_of_once_and_training_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, obstacle: str
+) -> None:
+    path, other = tmp_path / "ledger.jsonl", None
+    if obstacle == "held":
+        other = Ledger(path)
+    elif obstacle == "broken":
+        path.write_bytes(b"{}\n")
+    else:
+        path.mkdir()
+    run = t.make_run(strikes=[t.Strike(6, t.nan_in_weight)])
+    with caplog.at_level(logging.WARNING, "foreshock"):
+        summary = t.train_guarded(run, tmp_path)
+    t.assert_same_bits(run, t.train(t.make_run()))
+    assert sum("ledger" in r.message for r in caplog.records) == 1
+    assert (summary["ledger_head"], summary["lost_ledger_records"]) == (None, 1)
+    assert path.is_dir() or path.read_bytes() in (b"", b"{}\n")
+    if other is not None:
+        other.close()
+
+
+def test_a_disk_that_does_not_take_the_ledger_does_not_stop_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = t.make_run(strikes=[t.Strike(6, t.nan_in_weight)])
+    monitor = t.make_monitor(run, tmp_path)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    with caplog.at_level(logging.WARNING, "foreshock"):
+        t.train(run, monitor)
+        summary = monitor.finalize()
+    t.assert_same_bits(run, t.train(t.make_run()))
+    assert (summary["dropped_records"], summary["lost_ledger_records"]) == (0, 1)
+    assert sum("is incomplete" in r.message for r in caplog.records) == 1
+    assert verify(tmp_path / "ledger.jsonl", head=summary["ledger_head"])

@@ -173,6 +173,7 @@ def _broken_promises(options: DemoOptions, result: DemoResult) -> list[str]:
 
 FILES = {
     "telemetry.jsonl": "loss, gradient norm and events, step by step",
+    "ledger.jsonl": "what the guard did, each record chained to the one before",
     "summary.json": "the run in numbers",
     "config.json": "settings, versions, backends in use",
 }

@@ -4,15 +4,23 @@ Every file is strict JSON, survives a kill at any instruction, and has its reade
 """
 
 from foreshock.records.atomic_file import write_atomically
+from foreshock.records.ledger import Ledger
+from foreshock.records.ledger_chain import is_private_value
+from foreshock.records.ledger_verification import Verification, read_ledger, verify
 from foreshock.records.summary import read_summary, write_summary
 from foreshock.records.telemetry_reader import Telemetry, read_telemetry
 from foreshock.records.telemetry_writer import TelemetryWriter
 
 __all__ = [
+    "Ledger",
     "Telemetry",
     "TelemetryWriter",
+    "Verification",
+    "is_private_value",
+    "read_ledger",
     "read_summary",
     "read_telemetry",
+    "verify",
     "write_atomically",
     "write_summary",
 ]

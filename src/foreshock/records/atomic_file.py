@@ -6,7 +6,12 @@ import secrets
 import stat
 from pathlib import Path
 
-from foreshock.records.posix_file import checked_path, make_parent_directory, sync_descriptor
+from foreshock.records.posix_file import (
+    checked_path,
+    make_parent_directory,
+    sync_descriptor,
+    sync_directory,
+)
 
 
 def write_atomically(path: str | os.PathLike[str], text_or_bytes: str | bytes) -> None:
@@ -41,7 +46,7 @@ def write_atomically(path: str | os.PathLike[str], text_or_bytes: str | bytes) -
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
-    _sync_directory(target.parent)
+    sync_directory(target.parent)
 
 
 def _write_synced(path: Path, contents: bytes, *, permissions_like: Path) -> None:
@@ -52,11 +57,3 @@ def _write_synced(path: Path, contents: bytes, *, permissions_like: Path) -> Non
         file.write(contents)
         file.flush()
         sync_descriptor(descriptor)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        sync_descriptor(descriptor)
-    finally:
-        os.close(descriptor)

@@ -58,3 +58,19 @@ def sync_descriptor(descriptor: int) -> None:
         # Pipes, devices and the directories of some network file systems have nothing to sync.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EROFS):
             raise
+
+
+def sync_directory(directory: Path) -> None:
+    """Makes the names in a directory durable: new files, and those renamed.
+
+    Args:
+        directory: what holds them.
+
+    Raises:
+        OSError: the device failed.
+    """
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        sync_descriptor(descriptor)
+    finally:
+        os.close(descriptor)

@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 # Far above what any run has of them (skips, rollbacks); only so that no bug can fill the memory.
 MAX_EVENTS = 65_536
@@ -11,6 +11,18 @@ MAX_EVENTS = 65_536
 POLL_INTERVAL_S = 0.2
 
 T = TypeVar("T")
+
+
+class Loss(NamedTuple):
+    """What putting an item in has cost.
+
+    Attributes:
+        reason: why something was lost.
+        is_item: whether it was the item itself; else the oldest telemetry gave way to it.
+    """
+
+    reason: str
+    is_item: bool
 
 
 class RecordQueue(Generic[T]):
@@ -37,7 +49,7 @@ class RecordQueue(Generic[T]):
         # Its lock is reentrant: a signal handler that writes may interrupt a write.
         self._changed = threading.Condition()
 
-    def put(self, item: T, *, is_event: bool) -> str | None:
+    def put(self, item: T, *, is_event: bool) -> Loss | None:
         """Puts an item in, never waiting for room.
 
         Args:
@@ -45,18 +57,20 @@ class RecordQueue(Generic[T]):
             is_event: whether it must not be lost for want of room.
 
         Returns:
-            None if nothing was lost, else why one item (this one or the oldest telemetry) was.
+            None if nothing was lost, else which item was, this one or the oldest telemetry.
         """
         with self._changed:
             if self._is_closed:
-                return "the writer is closed"
+                return Loss("the writer is closed", is_item=True)
             lost = None
             if len(self._telemetry) + len(self._events) >= self._capacity:
                 if self._telemetry:
                     self._telemetry.popleft()
-                    lost = f"more than {self._capacity} records wait to be written"
+                    reason = f"more than {self._capacity} records wait to be written"
+                    lost = Loss(reason, is_item=False)
                 elif not is_event or len(self._events) >= MAX_EVENTS:
-                    return f"more than {len(self._events)} events wait to be written"
+                    reason = f"more than {len(self._events)} events wait to be written"
+                    return Loss(reason, is_item=True)
             self._append(item, self._events if is_event else self._telemetry)
             return lost
 

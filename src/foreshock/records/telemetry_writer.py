@@ -10,8 +10,10 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
+from foreshock.records.event_name import check_event_name
+from foreshock.records.ledger import Ledger, LedgerEntry
 from foreshock.records.line_file import LineFile
 from foreshock.records.posix_file import checked_path
 from foreshock.records.record_queue import RecordQueue
@@ -27,7 +29,6 @@ from foreshock.records.timestamp import format_utc
 _logger = logging.getLogger("foreshock")
 
 _MAX_STEP = 2**63 - 1
-_MAX_EVENT_CHARACTERS = 256
 _TIMEOUT_S = 10.0
 
 
@@ -44,6 +45,9 @@ class _FlushMark:
     def __init__(self) -> None:
         self.reached = threading.Event()
         self.is_on_disk = False
+
+
+_Item: TypeAlias = _Record | LedgerEntry | _FlushMark
 
 
 class TelemetryWriter:
@@ -68,6 +72,7 @@ class TelemetryWriter:
         redact: replace texts of more than 256 characters by their length and digest. Values under
             keys that name secrets are redacted whatever this says.
         run_info: fields of the start record, such as versions and ranks.
+        ledger: what `write_to_ledger` appends to; the writer closes it when it is closed itself.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -85,10 +90,12 @@ class TelemetryWriter:
         capacity: int = 4096,
         redact: bool = True,
         run_info: Mapping[str, object] | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
         self._path = checked_path(path)
         self._redact = redact
-        self._queue: RecordQueue[_Record | _FlushMark] = RecordQueue(_checked_capacity(capacity))
+        self._ledger = ledger
+        self._queue: RecordQueue[_Item] = RecordQueue(_checked_capacity(capacity))
         start = _start_record(run_info, redact)
         self._file = LineFile(self._path)
         self._process_id = os.getpid()
@@ -136,9 +143,35 @@ class TelemetryWriter:
             self._lose_in_forked_child()
             return
         record = _stamp(head, fields, self._redact)
-        reason = self._queue.put(record, is_event=event != TELEMETRY_EVENT)
-        if reason is not None:
-            self._lose(1, reason)
+        loss = self._queue.put(record, is_event=event != TELEMETRY_EVENT)
+        if loss is not None:
+            self._lose(1, loss.reason)
+
+    def write_to_ledger(self, /, event: str, **fields: object) -> None:
+        """Queues one record for the ledger, stamped with the present time, and returns at once.
+
+        The thread appends it and syncs it. It waits like an event, and so is not lost for want of
+        room; what is lost all the same, the ledger counts (`lost_records`) and warns of.
+
+        Args:
+            event: as for `Ledger.append`.
+            **fields: as for `Ledger.append`. Values are copied now.
+
+        Raises:
+            RuntimeError: the writer was given no ledger.
+            TypeError, ValueError: as `Ledger.append` for wrong arguments.
+
+        Cost: as `write`.
+        """
+        if self._ledger is None:
+            raise RuntimeError("write_to_ledger needs a writer that was given a ledger")
+        entry = self._ledger.prepare(event, fields)
+        if os.getpid() != self._process_id:
+            self._lose_in_forked_child()
+            return
+        loss = self._queue.put(entry, is_event=True)
+        if loss is not None:
+            (self._ledger.lose if loss.is_item else self._lose)(1, loss.reason)
 
     def flush(self, timeout: float | None = _TIMEOUT_S) -> bool:
         """Waits until what has been queued is on disk, synced.
@@ -154,11 +187,11 @@ class TelemetryWriter:
         """
         if os.getpid() != self._process_id:
             return False
-        num_dropped_before = self._num_dropped
+        num_lost_before = self._num_lost()
         mark = _FlushMark()
         if not self._queue.put_mark(mark) or not mark.reached.wait(timeout):
             return False
-        return mark.is_on_disk and self._num_dropped == num_dropped_before
+        return mark.is_on_disk and self._num_lost() == num_lost_before
 
     def close(self, timeout: float | None = _TIMEOUT_S) -> None:
         """Writes and syncs what is queued, then ends the thread. Again is harmless.
@@ -192,24 +225,32 @@ class TelemetryWriter:
             self._thread.start()
         except RuntimeError as error:  # the system's limit of threads is no reason not to train
             self._give_up(f"its thread could not be started ({error})")
-            self._file.close()
+            self._close_files()
 
     def _run(self) -> None:
-        item: _Record | _FlushMark | None = None
+        item: _Item | None = None
         try:
             while (item := self._queue.take()) is not None:
                 if isinstance(item, _FlushMark):
                     item.is_on_disk = self._sync()
                     item.reached.set()
+                elif isinstance(item, LedgerEntry):
+                    assert self._ledger is not None
+                    self._ledger.write(item)
                 else:
                     self._append(item)
             self._sync()
         except BaseException as error:  # whatever ended the thread, nobody may wait for it for ever
             self._give_up(f"its thread died of {error!r}", in_hand=item)
         finally:
-            # By the thread itself: nobody else knows when it has stopped using the descriptor.
-            with contextlib.suppress(OSError):
-                self._file.close()
+            # By the thread itself: nobody else knows when it has stopped using the descriptors.
+            self._close_files()
+
+    def _close_files(self) -> None:
+        with contextlib.suppress(OSError):
+            self._file.close()
+        if self._ledger is not None:
+            self._ledger.close()
 
     def _append(self, record: _Record) -> None:
         try:
@@ -225,12 +266,18 @@ class TelemetryWriter:
             return False
         return True
 
-    def _give_up(self, reason: str, in_hand: _Record | _FlushMark | None = None) -> None:
+    def _num_lost(self) -> int:
+        return self._num_dropped + (0 if self._ledger is None else self._ledger.lost_records)
+
+    def _give_up(self, reason: str, in_hand: _Item | None = None) -> None:
         given_up = self._queue.close_and_empty()
         if in_hand is not None:
             given_up.append(in_hand)
         marks = [item for item in given_up if isinstance(item, _FlushMark)]
-        self._lose(len(given_up) - len(marks), reason)
+        num_entries = sum(isinstance(item, LedgerEntry) for item in given_up)
+        self._lose(len(given_up) - len(marks) - num_entries, reason)
+        if self._ledger is not None and num_entries:
+            self._ledger.lose(num_entries, reason)
         for mark in marks:
             mark.reached.set()
 
@@ -269,12 +316,7 @@ def _checked_capacity(capacity: int) -> int:
 
 
 def _check_event(event: str) -> None:
-    if not isinstance(event, str):
-        raise TypeError(f"event must be text, not {type(event).__name__}")
-    if not event or len(event) > _MAX_EVENT_CHARACTERS or not event.isprintable():
-        raise ValueError(
-            f"event must be 1 to {_MAX_EVENT_CHARACTERS} printable characters, not {event[:300]!r}"
-        )
+    check_event_name(event)
     if event == START_EVENT:
         raise ValueError(f'event must not be "{START_EVENT}", which the writer itself writes')
 
