@@ -72,9 +72,7 @@ def theta_consistency(noise_seq: Series, ref_seq: Series, beta: float = 3.0) -> 
         foreshock's specification; Lin 1991 for the Jensen-Shannon divergence.
     """
     noise, reference = as_series(noise_seq, "noise_seq"), as_series(ref_seq, "ref_seq")
-    beta = as_finite(beta, "beta")
-    if beta < 0:
-        raise ValueError(f"beta is {beta}; accepted: a finite number from 0 up")
+    beta = as_beta(beta)
     if min(len(noise), len(reference)) < 2:
         return 1.0
     noise, reference = noise[np.isfinite(noise)], reference[np.isfinite(reference)]
@@ -251,10 +249,18 @@ def rise(last: Floats, rest: Floats) -> float:
     """The score of `two_second_precursor`, of finite values."""
     with np.errstate(all="ignore"):
         score = _rise(last, rest, 1.0)
-        if not math.isfinite(score):
-            # Sums or squares too large for a float: a power of two changes no digit.
+        if math.isnan(score):
+            # A power of two changes no digit.
             score = _rise(last, rest, 2.0**-600)
     return score
+
+
+def as_beta(beta: Any) -> float:
+    """A finite number from 0 up."""
+    number = as_finite(beta, "beta", "a finite number from 0 up")
+    if number < 0:
+        raise ValueError(f"beta is {number}; accepted: a finite number from 0 up")
+    return number
 
 
 def as_threshold(z: Any) -> float:
@@ -266,6 +272,7 @@ def as_threshold(z: Any) -> float:
 
 
 def _rise(last: Floats, rest: Floats, scale: float) -> float:
+    """NaN if sums or squares are too large for a float."""
     if scale != 1.0:
         last, rest = last * scale, rest * scale
     mean = float(np.add.reduce(rest)) / len(rest)
@@ -273,6 +280,8 @@ def _rise(last: Floats, rest: Floats, scale: float) -> float:
     off *= off
     deviation = math.sqrt(float(np.add.reduce(off)) / len(rest))
     risen = float(np.add.reduce(last)) / len(last) - mean
+    if not math.isfinite(risen) or not math.isfinite(deviation):
+        return math.nan
     score: np.float64 = np.float64(risen) / (deviation + 1e-12 * scale)  # may overflow
     return float(score)
 

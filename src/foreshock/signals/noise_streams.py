@@ -12,8 +12,13 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-from foreshock.signals.given_numbers import as_count, as_finite, as_number
-from foreshock.signals.noise_statistics import entropy_rate, processivity, theta_consistency
+from foreshock.signals.given_numbers import as_count, as_number
+from foreshock.signals.noise_statistics import (
+    as_beta,
+    entropy_rate,
+    processivity,
+    theta_consistency,
+)
 from foreshock.signals.saved_state import check_settings, saved_floats
 
 MIN_MEDIAN_OF = 8
@@ -168,7 +173,7 @@ class ThetaStream:
 
     def __init__(self, window: int = 128, reference_steps: int = 128, beta: float = 3.0) -> None:
         self._window: deque[float] = deque(maxlen=as_count(window, "window", at_least=2))
-        self._beta = as_finite(beta, "beta")
+        self._beta = as_beta(beta)
         self.reference = NoiseReference(reference_steps)
         """What is compared with."""
 
