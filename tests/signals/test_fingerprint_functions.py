@@ -136,14 +136,6 @@ def test_theta_of_extreme_magnitudes_is_that_of_ordinary_ones() -> None:
     assert fs.theta_consistency(np.array(x) * 2.0**-1070, y) == pytest.approx(clean, rel=TOLERANCE)
 
 
-def test_healthy_noise_is_not_at_one_however_long_it_is_watched() -> None:
-    """What the page on the fingerprint says: between 0.5 and 0.65, at 64 as at 1024 values."""
-    rng = np.random.default_rng(0)
-    for size in (64, 256, 1024):
-        thetas = [fs.theta_consistency(*rng.normal(size=(2, size))) for _ in range(100)]
-        assert 0.5 < statistics.median(thetas) < 0.65
-
-
 # ---- entropy rate
 
 
@@ -167,6 +159,13 @@ def test_bins_grow_with_the_root_of_the_window() -> None:
     expected = entropy_by_histogram(values[-144:], 12, (values.min(), values.max()))
     expected -= entropy_by_histogram(values[:144], 12, (values.min(), values.max()))
     assert fs.entropy_rate(values, 144) == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_a_value_on_an_edge_belongs_to_the_bin_above_it_and_the_last_edge_to_the_last() -> None:
+    before, last = [0.0, 8.0, 1.0, 1.5], [2.0, 2.5, 7.0, 8.0]
+    expected = entropy_by_histogram(last, 8, (0, 8)) - entropy_by_histogram(before, 8, (0, 8))
+    assert fs.entropy_rate(before + last, 4) == pytest.approx(expected, abs=TOLERANCE)
+    assert expected == pytest.approx(-math.log(2) / 2)  # two and two, after one, one and two
 
 
 def test_a_change_of_spread_is_seen_only_in_a_shared_range() -> None:
