@@ -108,6 +108,24 @@ def test_strides_and_complex_numbers_are_read_as_they_are() -> None:
     assert update_alignment(*paired).cosine.item() == pytest.approx(expected, rel=TOLERANCE)
 
 
+def test_a_dtensor_is_read_by_its_local_shard(tmp_path: Any) -> None:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    groups = step_of([(4, 3), (5,)])
+    expected = update_alignment(*groups)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        shards = [[distribute_tensor(t, mesh, [Shard(0)]) for t in group] for group in groups]
+        found = update_alignment(*shards)
+        assert type(found.dot) is Tensor
+        assert found.cosine == expected.cosine
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.mark.gpu
 def test_on_a_device_it_is_what_it_is_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(alignment, "_DEVICE_ELEMENTS", 1000)

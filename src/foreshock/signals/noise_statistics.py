@@ -58,7 +58,8 @@ def theta_consistency(noise_seq: Series, ref_seq: Series, beta: float = 3.0) -> 
     are NOT at 1: see the page on the fingerprint.
 
     Args:
-        noise_seq, ref_seq: (n,) and (m,) evenly spaced; values not finite are left out.
+        noise_seq: (n,) evenly spaced; values not finite are left out.
+        ref_seq: (m,) likewise.
         beta: how fast unlikeness counts, from 0 up.
     Returns:
         From exp(-beta ln 2), nothing in common, to 1, the same spectrum. A series that does not
@@ -126,8 +127,8 @@ def processivity(grad_norms: Series, step_norms: Series) -> float:
     Norms are not negative, so that theirs lies between 0 and 1, and near 1 if both hardly vary.
 
     Args:
-        grad_norms, step_norms: (n,) of the same steps; pairs of which one is not finite are left
-            out.
+        grad_norms: (n,) any scale.
+        step_norms: (n,) of the same steps; pairs of which one is not finite are left out.
     Returns:
         The cosine, from -1 to 1; 0 if either series is empty or all zeros.
     Raises:
@@ -161,7 +162,8 @@ def f_total(s_dot: float, p: float, w_s: float = 1.0, w_p: float = 1.0) -> float
     Args:
         s_dot: from `entropy_rate`.
         p: from `processivity`.
-        w_s, w_p: weights.
+        w_s: weight of s_dot.
+        w_p: weight of p.
     Raises:
         TypeError: not a number.
         ValueError: not finite; the two functions never are.
@@ -227,12 +229,20 @@ def snapshot(
     """All of the fingerprint at once.
 
     Args:
-        noise_seq, ref_seq, beta: for `theta_consistency`.
-        grad_norms, step_norms: for `processivity`.
-        values, window, shared_range: for `entropy_rate`; values are noise_seq if not given.
-        series, rate_hz, window_sec, z: for `two_second_precursor`; the series is noise_seq if not
-            given.
-        w_s, w_p: for `f_total`.
+        noise_seq: for `theta_consistency`.
+        ref_seq: likewise.
+        grad_norms: for `processivity`.
+        step_norms: likewise.
+        values: for `entropy_rate`; noise_seq if not given.
+        series: for `two_second_precursor`; noise_seq if not given.
+        beta: for `theta_consistency`.
+        window: for `entropy_rate`.
+        shared_range: likewise.
+        w_s: for `f_total`.
+        w_p: likewise.
+        rate_hz: for `two_second_precursor`.
+        window_sec: likewise.
+        z: likewise.
     Raises:
         TypeError, ValueError: as those do.
     """
