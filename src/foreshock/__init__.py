@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from foreshock.guard import Guard as Guard
     from foreshock.monitor import Monitor as Monitor
     from foreshock.monitor import Verdict as Verdict
+    from foreshock.signals import entropy_rate as entropy_rate
+    from foreshock.signals import f_total as f_total
+    from foreshock.signals import processivity as processivity
+    from foreshock.signals import theta_consistency as theta_consistency
+    from foreshock.signals import two_second_precursor as two_second_precursor
 
 # Loaded when first used, so that importing foreshock stays cheap.
 _LAZY = {
@@ -22,9 +27,14 @@ _LAZY = {
     "Guard": "foreshock.guard",
     "Monitor": "foreshock.monitor",
     "Verdict": "foreshock.monitor",
+    "entropy_rate": "foreshock.signals",
+    "f_total": "foreshock.signals",
     "guard": "",
+    "processivity": "foreshock.signals",
     "records": "",
     "signals": "",
+    "theta_consistency": "foreshock.signals",
+    "two_second_precursor": "foreshock.signals",
 }
 
 

@@ -1,6 +1,25 @@
 """Streaming statistics that turn what the ops read into early warnings."""
 
-from foreshock.signals.configuration import RiskThresholds, SpectralSettings
+from foreshock.signals.alignment import UpdateAlignment, update_alignment
+from foreshock.signals.configuration import FingerprintSettings, RiskThresholds, SpectralSettings
+from foreshock.signals.noise_fingerprint import NoiseFingerprint, NoiseReading
+from foreshock.signals.noise_statistics import (
+    NoiseSnapshot,
+    Precursor,
+    entropy_rate,
+    f_total,
+    processivity,
+    snapshot,
+    theta_consistency,
+    two_second_precursor,
+)
+from foreshock.signals.noise_streams import (
+    EntropyRateStream,
+    NoiseReference,
+    NoiseSeries,
+    ProcessivityStream,
+    ThetaStream,
+)
 from foreshock.signals.optimizer_state import (
     SecondMomentRms,
     muon_ratio,
@@ -8,12 +27,22 @@ from foreshock.signals.optimizer_state import (
     weight_decays,
     why_no_second_moments,
 )
+from foreshock.signals.precursor import TwoSecondPrecursor
 from foreshock.signals.risk import RiskLevel, risk_level, slope, volatility
 from foreshock.signals.spectral_tracker import MatrixReading, SpectralReading, SpectralTracker
 from foreshock.signals.spectral_watch import SpectralObservation, SpectralWatch
 
 __all__ = [
+    "EntropyRateStream",
+    "FingerprintSettings",
     "MatrixReading",
+    "NoiseFingerprint",
+    "NoiseReading",
+    "NoiseReference",
+    "NoiseSeries",
+    "NoiseSnapshot",
+    "Precursor",
+    "ProcessivityStream",
     "RiskLevel",
     "RiskThresholds",
     "SecondMomentRms",
@@ -22,10 +51,20 @@ __all__ = [
     "SpectralSettings",
     "SpectralTracker",
     "SpectralWatch",
+    "ThetaStream",
+    "TwoSecondPrecursor",
+    "UpdateAlignment",
+    "entropy_rate",
+    "f_total",
     "muon_ratio",
+    "processivity",
     "risk_level",
     "second_moment_rms",
     "slope",
+    "snapshot",
+    "theta_consistency",
+    "two_second_precursor",
+    "update_alignment",
     "volatility",
     "weight_decays",
     "why_no_second_moments",

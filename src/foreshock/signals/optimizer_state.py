@@ -201,7 +201,7 @@ def _batches(
                 continue
             given = {"parameter": p, "gradient": p.grad}
             given |= {key: state[key] for key in _MOMENTS if key in state}
-            flat = {name: _plain(tensor).reshape(-1) for name, tensor in given.items()}
+            flat = {name: local_numbers(tensor).reshape(-1) for name, tensor in given.items()}
             entry = _Entry(place[id(p)], torch.as_tensor(state["step"]), flat)
             by_device.setdefault(flat["gradient"].device, []).append(entry)
         for batch in by_device.values():
@@ -227,7 +227,7 @@ def _in_turns(batch: list[_Entry]) -> Iterator[list[_Piece]]:
         yield turn
 
 
-def _plain(tensor: Tensor) -> Tensor:
+def local_numbers(tensor: Tensor) -> Tensor:
     """Real numbers in this process: of a distributed tensor its shard."""
     distributed: Any = sys.modules.get("torch.distributed.tensor")
     if distributed is not None and isinstance(tensor, distributed.DTensor):
