@@ -18,7 +18,7 @@ $(VENV)/.dependencies: constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt scikit-build-core pybind11 cmake ninja
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation \
-		--config-settings=wheel.cmake=false --editable '.[triton,test,lint,docs]'
+		--config-settings=wheel.cmake=false --editable '.[triton,test,bench,lint,docs]'
 	touch $@
 
 $(BUILD)/.installed: $(VENV)/.dependencies $(SOURCES)
@@ -43,7 +43,8 @@ lint: setup
 	diff $(BUILD)/stubs/foreshock/_kernels.pyi src/foreshock/_kernels.pyi
 
 bench: setup
-	$(BIN)/python -m pytest benchmarks/health_scan.py benchmarks/overhead.py --benchmark-only -q -W default
+	$(BIN)/python -m pytest benchmarks/health_scan.py benchmarks/power_iteration.py benchmarks/overhead.py \
+		--benchmark-only -q -W default
 	$(BIN)/python -m benchmarks.tables
 
 docs: setup

@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.rows import load
 
@@ -40,53 +40,91 @@ def circumstances(row: Row) -> str:
     )
 
 
-def health_scan() -> str:
+class Column(NamedTuple):
+    """A column of a table, and how a row fills it."""
+
+    title: str
+    cell: Callable[[Row], str]
+
+
+def number(key: str, title: str, digits: int = 2) -> Column:
+    return Column(title, lambda row: f"{row[key]:.{digits}f}")
+
+
+def count(key: str, title: str) -> Column:
+    return Column(title, lambda row: str(row[key]))
+
+
+def percent(key: str, title: str, digits: int = 2, sign: str = "") -> Column:
+    return Column(title, lambda row: f"{100 * row[key]:{sign}.{digits}f} %")
+
+
+MEDIAN = number("median_ms", "median ms")
+SPREAD = Column("p20 - p80", lambda row: f"{row['p20_ms']:.2f} - {row['p80_ms']:.2f}")
+TIMES_OURS = number("times_ours", "times ours")
+CALL = [number("median_us", "median us")]
+PASS = [MEDIAN, SPREAD, number("gb_per_s", "GB/s", 1), TIMES_OURS]
+
+
+def a_table_a_case(benchmark: str, columns: list[Column], by: str | None = None) -> str:
+    """The rows of each case, sorted by a number if one is named."""
     parts = []
-    for (case, _), found in by_case("health_scan").items():
-        lines = [
-            [
-                row["variant"],
-                f"{row['median_ms']:.2f}",
-                f"{row['p20_ms']:.2f} - {row['p80_ms']:.2f}",
-                f"{row['gb_per_s']:.1f}",
-                f"{row['times_ours']:.2f}",
-            ]
-            for row in sorted(found, key=lambda row: float(row["median_ms"]))
-        ]
-        header = [case, "median ms", "p20 - p80", "GB/s", "times ours"]
-        parts.append(f"{markdown(header, lines)}\n\n{circumstances(found[0])}\n")
-    return "\n".join(parts)
-
-
-def health_scan_call() -> str:
-    parts = []
-    for (case, _), found in by_case("health_scan_call").items():
-        lines = [[row["variant"], f"{row['median_us']:.2f}"] for row in found]
-        parts.append(f"{markdown([case, 'median us'], lines)}\n\n{circumstances(found[0])}\n")
-    return "\n".join(parts)
-
-
-def overhead() -> str:
-    parts = []
-    for (case, _), found in by_case("overhead").items():
-        lines = [
-            [
-                row["variant"],
-                f"{row['median_ms']:.2f}",
-                f"{row['p20_ms']:.2f} - {row['p80_ms']:.2f}",
-                f"{row['percent']:+.2f} %",
-            ]
-            for row in found
-        ]
-        header = [case, "median ms", "p20 - p80", "overhead"]
+    for (case, _), found in by_case(benchmark).items():
+        rows = found if by is None else sorted(found, key=lambda row: float(row[by]))
+        lines = [[row["variant"], *(column.cell(row) for column in columns)] for row in rows]
+        header = [case, *(column.title for column in columns)]
         parts.append(f"{markdown(header, lines)}\n\n{circumstances(found[0])}\n")
     return "\n".join(parts)
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "health_scan": health_scan,
-    "health_scan_call": health_scan_call,
-    "overhead": overhead,
+    "health_scan": lambda: a_table_a_case("health_scan", PASS, by="median_ms"),
+    "health_scan_call": lambda: a_table_a_case("health_scan_call", CALL),
+    "overhead": lambda: a_table_a_case(
+        "overhead",
+        [MEDIAN, SPREAD, Column("overhead", lambda row: f"{row['percent']:+.2f} %")],
+    ),
+    "power_iteration": lambda: a_table_a_case("power_iteration", PASS, by="median_ms"),
+    "power_iteration_call": lambda: a_table_a_case("power_iteration_call", CALL),
+    "power_iteration_cold": lambda: a_table_a_case(
+        "power_iteration_cold",
+        [
+            number("median_ms", "median ms", 1),
+            TIMES_OURS,
+            percent("relative_error", "below the truth", 3),
+        ],
+        by="median_ms",
+    ),
+    "power_iteration_gaussian": lambda: a_table_a_case(
+        "power_iteration_gaussian",
+        [
+            count("matrices", "matrices"),
+            percent("mean_error", "mean below"),
+            percent("worst_error", "worst"),
+            percent("over_1_percent", "by more than 1 %", 0),
+        ],
+    ),
+    "power_iteration_per_step": lambda: a_table_a_case(
+        "power_iteration_per_step",
+        [
+            count("passes", "passes"),
+            number("median_ms", "ms a look", 1),
+            number("ms_per_step", "ms a step"),
+            number("times_its_reads", "times the read probe, a pass"),
+        ],
+    ),
+    "power_iteration_tracking": lambda: a_table_a_case(
+        "power_iteration_tracking",
+        [
+            percent("median_error", "median below", 4),
+            percent("worst_error", "worst"),
+            percent("worst_error_after_100", "worst after 100 steps"),
+            Column(
+                "checks with a matrix over 1 %",
+                lambda row: f"{row['checks_over_1_percent']} of {row['checks']}",
+            ),
+        ],
+    ),
 }
 
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from foreshock import cli
 from foreshock.drill import demo
 from foreshock.drill.gpt import GPTConfig, Recipe
-from foreshock.guard import Action
+from foreshock.guard import Action, Reason
 from foreshock.records import read_summary, read_telemetry
 
 TINY = Recipe(model=GPTConfig(context=16, width=32, num_blocks=3, num_heads=2), batch_size=4)
@@ -65,13 +65,39 @@ def test_an_undisturbed_demo_reports_nothing(tmp_path: Path) -> None:
     assert result.anomalies == []
 
 
+def spiked_options(out: Path, **changes: object) -> demo.DemoOptions:
+    spiked = {"steps": 170, "strike_step": None, "spike_step": 150}
+    return options(out, **spiked | changes)
+
+
+@pytest.mark.parametrize("is_guarded", [True, False])
+def test_a_spike_of_the_learning_rate_raises_the_risk_level(
+    tmp_path: Path, is_guarded: bool
+) -> None:
+    result = run(spiked_options(tmp_path, is_guarded=is_guarded))
+    assert result.broken_promises == []
+    raised = next(r for r in result.risks if r["step"] > 150 and r["level"] == "INSTABILITY")
+    assert raised["step"] <= 156
+    assert [v.reasons for v in result.anomalies] == is_guarded * [(Reason.SPECTRAL_INSTABILITY,)]
+    events = [r["event"] for r in read_telemetry(tmp_path / "telemetry.jsonl").records]
+    assert ("would_roll_back" in events) == (not is_guarded)
+
+
+def test_a_demo_whose_spike_does_not_come_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "SPIKE_FACTOR", 1.0)
+    broken = run(spiked_options(tmp_path)).broken_promises
+    assert "the risk level shows the spike" in broken
+
+
 def test_a_demo_that_breaks_its_promise_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demo, "strike", lambda model: None)
     broken = run(options(tmp_path)).broken_promises
     assert "the struck tensor is named" in broken
-    assert "one rollback, one recovery" in broken
+    assert "a rollback and a recovery for each" in broken
 
 
 def test_the_demo_command_tells_the_story(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,6 +111,8 @@ def test_the_demo_command_tells_the_story(tmp_path: Path, monkeypatch: pytest.Mo
         "state of step 10 restored",
         "overhead",
         "telemetry.jsonl",
+        "kappa-tilde",
+        "spectral risk",
         "the model says",
     ):
         assert told in done.output, told
@@ -105,6 +133,10 @@ def test_a_strike_beyond_the_last_step_is_refused() -> None:
     assert done.exit_code == 2
     with pytest.raises(ValueError, match="strike_step is 50; accepted: 0 to 19"):
         demo.DemoOptions(steps=20)
+    done = CliRunner().invoke(cli.app, ["demo", "--steps", "140", "--inject-lr-spike"])
+    assert done.exit_code == 2
+    with pytest.raises(ValueError, match="spike_step is 100; accepted: 120 to 199"):
+        demo.DemoOptions(spike_step=100)
 
 
 def test_info_names_every_backend_of_every_op() -> None:

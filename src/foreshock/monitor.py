@@ -17,6 +17,7 @@ from foreshock.guard import (
     BatchSource,
     Event,
     Guard,
+    RolledBack,
     Stateful,
     StepGate,
     Verdict,
@@ -56,7 +57,8 @@ class MonitorSettings(Settings):
     spectral_exclude: tuple[str, ...] = ()
     """Shell patterns for those that are not, though `spectral_include` names them."""
     spectral_warmup: NonNegativeInt = 300
-    """First steps in which no level is answered: a model that begins to learn is restless."""
+    """First steps in which no level is answered: a model that begins to learn is restless. Nor is
+    one in the `spectral.span` steps after a rollback."""
     spectral_response: Literal["log", "act"] = "log"
     """log: record what a level calls for. act: do it, unless the guard only observes. WARNING: a
     snapshot after the next clean step. DANGER: that, and a lower learning rate. INSTABILITY:
@@ -156,8 +158,16 @@ class Monitor:
         )
 
     def _make_risk(self, spectra: SpectralWatch) -> SpectralRisk:
-        warmup, may_act = self._settings.spectral_warmup, self._settings.spectral_response == "act"
-        return SpectralRisk(spectra, self._watch, self._guard, warmup, may_act, self._record)
+        given = self._settings
+        return SpectralRisk(
+            spectra,
+            self._watch,
+            self._guard,
+            warmup=given.spectral_warmup,
+            settling=given.spectral.span or given.spectral.window,
+            may_act=given.spectral_response == "act",
+            record=self._record,
+        )
 
     # ---- what a training loop calls
 
@@ -329,6 +339,8 @@ class Monitor:
 
     def _record(self, event: Event) -> None:
         self._journal.record(event)
+        if isinstance(event, RolledBack) and self._risk is not None:
+            self._risk.note_rollback(event.step)
         if isinstance(event, Aborted):
             self._journal.flush(_FLUSH_TIMEOUT_S)
             self._write_summary()

@@ -28,6 +28,8 @@ class SpectralRisk:
         watch: asked for what a level calls for.
         guard: whose mode says what can be done at all.
         warmup: first steps in which no level is answered.
+        settling: steps after a rollback in which none is: the other learning rate bends the course
+            of the spectra, and would be answered by one more rollback.
         may_act: whether answers are more than records.
         record: told of each event.
     """
@@ -38,12 +40,14 @@ class SpectralRisk:
         watch: Watch,
         guard: Guard,
         warmup: int,
+        settling: int,
         may_act: bool,
         record: Callable[[Event], None],
     ) -> None:
         self._spectra = spectra
         self._watch = watch
-        self._warmup = warmup
+        self._quiet_until = warmup
+        self._settling = settling
         self._acts = may_act and guard.mode != "observe"
         self._takes_snapshots = self._acts and guard.mode == "recover"
         self._record = record
@@ -70,10 +74,14 @@ class SpectralRisk:
             return False
         measured = (reading.kappa, reading.slope, reading.volatility)
         self._record(RiskLevelChanged(step, reading.level, before, *measured, _worst(reading)))
-        if reading.level < before or step < self._warmup:
+        if reading.level < before or step < self._quiet_until:
             return False
         self._highest = max(self._highest, reading.level)
         return self._answer(step, reading.level)
+
+    def note_rollback(self, step: int) -> None:
+        """The guard has rolled back from this step."""
+        self._quiet_until = max(self._quiet_until, step + self._settling)
 
     def observe(self) -> SpectralReading | None:
         """Looks now. A fault in here ends the following of spectra, and nothing else."""

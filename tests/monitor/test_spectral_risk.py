@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,18 @@ def test_the_first_steps_are_not_answered(tmp_path: Path) -> None:
     summary = monitor.finalize()
     assert set(events(tmp_path)) == {"risk_level_changed"}
     assert summary["spectral"]["highest_risk_level"] == "STABLE"
+
+
+def test_for_some_steps_after_a_rollback_no_level_is_answered(tmp_path: Path) -> None:
+    run = shaken_run()
+    (strike, *_), again = run.strikes, 20
+    run.strikes += [dataclasses.replace(strike, step=step) for step in (again, again + 1)]
+    options = {"spectral": fs.signals.SpectralSettings(span=15), "spectral_response": "act"}
+    t.train(run, monitor := monitor_of(run, tmp_path, **options))
+    summary = monitor.finalize()
+    changed = [r for r in telemetry(tmp_path, "risk_level_changed") if r["step"] > again]
+    assert any(r["level"] == "INSTABILITY" for r in changed)
+    assert summary["guard"]["total_rollbacks"] == 1
 
 
 def test_a_run_rolled_back_for_another_reason_goes_on_with_the_spectra_of_then(

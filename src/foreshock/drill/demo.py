@@ -15,13 +15,15 @@ from foreshock.drill.text import Vocabulary
 from foreshock.guard import Action, Guard
 from foreshock.monitor import Monitor, Verdict
 from foreshock.records import read_telemetry
+from foreshock.signals import RiskThresholds, SpectralSettings
 
 STRUCK_PARAMETER = "blocks.2.mlp.up.weight"
 _STRUCK_PLACE = (7, 3)
 SPIKE_FACTOR = 30.0
 _SPIKE_STEPS = 5
-_SPECTRAL_INTERVAL = 10
 _SPECTRAL_WARMUP = 120
+# A small model that has just begun is more restless than the thresholds allow for.
+_SPECTRAL = SpectralSettings(thresholds=RiskThresholds(instability=0.01))
 _PROMPT = "The "
 
 
@@ -77,9 +79,10 @@ def run_demo(options: DemoOptions, show: Callable[[int, float, Verdict], None]) 
         options.out_dir,
         guard,
         state={"scheduler": run.scheduler},
-        spectral_interval=_SPECTRAL_INTERVAL,
+        spectral_interval=1,
         spectral_warmup=_SPECTRAL_WARMUP,
-        spectral_response="act",
+        spectral_response="log" if options.spike_step is None else "act",
+        spectral=_SPECTRAL,
     )
     losses: dict[int, float] = {}
     anomalies: list[Verdict] = []
