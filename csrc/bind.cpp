@@ -252,7 +252,10 @@ class VectorReader {
             return nullptr;
         }
         dlpack::Tensor tensor;
-        if (read_(object.ptr(), &tensor) != 0) throw py::error_already_set();
+        if (read_(object.ptr(), &tensor) != 0) {
+            PyErr_Clear();  // who asks will look more closely, and say what is wrong
+            return nullptr;
+        }
         const bool is_found = tensor.device_type == dlpack::kCpu &&
                               tensor.type_code == dlpack::kFloat &&
                               tensor.type_bits == type_bits_ && tensor.ndim == 1 &&

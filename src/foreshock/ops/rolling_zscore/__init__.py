@@ -27,9 +27,9 @@ class RollingZScore:
 
     over the x in the window, then the value enters it. z is 0 until `min_count` values are in; at a
     std of 0 it is 0 for a value equal to the mean; it is never beyond +-z_cap. A value that is not
-    finite has the z NaN, is counted in `nonfinite`, and never enters: each series then waits for its
-    next finite value. With `clip`, once `min_count` values with a std above 0 are in, a value enters
-    no further from the mean than clip * std: eight outliers in a row do not raise their threshold.
+    finite has the z NaN, is counted in `nonfinite`, and never enters: the window is as it was. With
+    `clip`, once `min_count` values are in and their std is above 0, a value enters no further from
+    the mean than clip * std: a row of outliers does not raise its own threshold.
 
     >>> zscore = RollingZScore(2, window=128)
     >>> z = zscore.push([loss, gradient_norm])             # each step; valid until the next push
@@ -38,7 +38,7 @@ class RollingZScore:
         num_series: S, 0 or more.
         window: W, values that are remembered of each series; 1 or more.
         min_count: values before the first z; None for min(32, window).
-        ddof: taken off the count in std: 0 (population) or 1 (sample), or any less than `min_count`.
+        ddof: taken off the count in std: 0 (population), 1 (sample), or any below `min_count`.
         device: where the series are; None for the CPU. On CUDA a push is one kernel, waits for
             nothing and may be captured into a graph.
         dtype: of z, and of what is remembered of a value: float64 or float32. Values are rounded to
@@ -51,9 +51,9 @@ class RollingZScore:
     Raises:
         TypeError, ValueError: naming the argument, what it is and what is accepted.
     Cost:
-        O(1) for each value; 8 (W + 7) S bytes. mean and std are within 1e-6 relative of what the
-        window's values give directly, after any number of pushes, and after an outlier of any size
-        has left (where float64 holds its square).
+        O(1) for each value; 8 (W + 8) S bytes in float64. mean and std are within 1e-6 relative of
+        what the window's values give directly, after any number of pushes, and as soon as an
+        outlier has left, of any size whose square float64 holds.
     Source:
         Welford's update, with removal; csrc/rolling_zscore for why it does not drift.
     """
@@ -147,6 +147,8 @@ class RollingZScore:
         if values.dtype not in FLOATING_DTYPES:
             accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING_DTYPES)
             raise TypeError(f"values has dtype {values.dtype}; accepted: {accepted}")
+        if values.layout is not torch.strided:
+            raise TypeError(f"values has layout {values.layout}; accepted: torch.strided")
         if values.device != device:
             raise ValueError(f"values is on {values.device}; accepted: {device}")
         if values.shape != self._shape and not (values.dim() == 0 and self.num_series == 1):
@@ -189,7 +191,7 @@ class RollingZScore:
     @property
     def count(self) -> Tensor:
         """int64 (S,): values in the window."""
-        return self._state.count
+        return self._state.filled
 
     @property
     def nonfinite(self) -> Tensor:

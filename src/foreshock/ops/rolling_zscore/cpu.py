@@ -22,7 +22,7 @@ def why_unavailable(device_type: str) -> str | None:
 
 
 class _Plan:
-    """The kernels' view of a state (csrc/rolling_zscore/kernel.h); owns what they read and write."""
+    """What the kernels know of a state (csrc/rolling_zscore/kernel.h); keeps its memory alive."""
 
     def __init__(self, state: State, settings: Settings, z: Tensor | None, isa: str | None) -> None:
         kernels = load_kernels()

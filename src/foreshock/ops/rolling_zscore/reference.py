@@ -37,7 +37,7 @@ def bind(state: State, settings: Settings) -> Callable[[Tensor, Tensor], None]:
     def push(values: Tensor, z: Tensor) -> None:
         x = values.to(ring.dtype).double()
         is_finite = torch.isfinite(x)
-        pushed, count = counts[PUSHED], state.count
+        pushed, count = counts[PUSHED], state.filled
         shift, mean, m2 = ring[0].double(), moments[0], moments[1]
         deviation = (x - shift) - mean
         std = (m2 / (count - settings.ddof)).sqrt()
@@ -53,7 +53,7 @@ def bind(state: State, settings: Settings) -> Callable[[Tensor, Tensor], None]:
         counts.add_(torch.stack([is_finite, ~is_finite]))
 
         deviations = ring.double() - ring[0].double()
-        mean, m2 = mean_and_m2(deviations, rows < state.count)
+        mean, m2 = mean_and_m2(deviations, rows < state.filled)
         block = mean_and_m2(deviations, rows < pushed % state.window)
         moments.copy_(torch.stack([mean, m2, m2, *block]))
 

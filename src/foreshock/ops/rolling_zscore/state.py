@@ -62,6 +62,6 @@ class State(NamedTuple):
         return self.ring.shape[1]
 
     @property
-    def count(self) -> Tensor:
+    def filled(self) -> Tensor:
         """(S,) int64: values in the window."""
         return self.counts[PUSHED].clamp(max=self.window)

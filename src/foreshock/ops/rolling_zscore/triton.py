@@ -135,11 +135,11 @@ def _rolling_zscore_push_kernel(  # type: ignore[no-untyped-def]
     is_doubtful = is_entering & is_removing & ((doubt <= m2 * _MOST_DOUBT) == 0)
     if tl.max(is_doubtful.to(tl.int32), 0) > 0:
         sum = tl.zeros([_SERIES], tl.float64)
-        for i in range(0, window):
+        for i in range(window):
             sum += _deviation(ring_ptr, entering, i, slot, shift, series, s, is_doubtful)
         exact_mean = sum / window.to(tl.float64)
         sumsq = tl.zeros([_SERIES], tl.float64)
-        for i in range(0, window):
+        for i in range(window):
             d = _deviation(ring_ptr, entering, i, slot, shift, series, s, is_doubtful) - exact_mean
             sumsq += d * d
         mean = tl.where(is_doubtful, exact_mean, mean)
