@@ -83,10 +83,28 @@ def overhead() -> str:
     return "\n".join(parts)
 
 
+def rolling_zscore() -> str:
+    parts = []
+    for (case, _), found in by_case("rolling_zscore").items():
+        lines = [
+            [
+                row["variant"],
+                f"{row['ns_per_push']:.0f}",
+                f"{row['ns_per_value']:.2f}",
+                f"{row['times_ours']:.2f}",
+            ]
+            for row in sorted(found, key=lambda row: float(row["median_ms"]))
+        ]
+        header = [case, "ns a push", "ns a value", "times ours"]
+        parts.append(f"{markdown(header, lines)}\n\n{circumstances(found[0])}\n")
+    return "\n".join(parts)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "health_scan": health_scan,
     "health_scan_call": health_scan_call,
     "overhead": overhead,
+    "rolling_zscore": rolling_zscore,
 }
 
 

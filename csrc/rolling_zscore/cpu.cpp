@@ -179,9 +179,10 @@ auto advance(const Plan& plan, const Step& step, const T* values, int64_t series
     return doubt <= m2 * kMostDoubt;
 }
 
-// The moments of a full window, directly. So rare that a push costs O(1) on average whatever the
-// values: m2 must fall by a factor of 2^23 within one pass of the ring, and once what it fell from
-// has left, nothing can fall from there again.
+// The moments of a full window, directly. So rare that a push costs O(1) on average, whatever the
+// values: what is left must have fallen far below what m2 was on average since the last time, and
+// from there it can only fall further until something as large has come, and stayed for `window`
+// values.
 template <class T>
 void recompute(const Plan& plan, int64_t series) {
     const T* const ring = static_cast<const T*>(plan.ring) + series;

@@ -111,7 +111,6 @@ class RollingZScore:
             return self._z
         return self._push_any(values)
 
-    @torch.no_grad()
     def _push_any(self, values: Tensor | Sequence[float] | float) -> Tensor:
         x = self._as_vector(values)
         if torch.compiler.is_compiling():
@@ -155,7 +154,7 @@ class RollingZScore:
             raise ValueError(
                 f"values has shape {tuple(values.shape)}; accepted: ({self.num_series},)"
             )
-        return values.detach().resolve_neg().reshape(-1)
+        return values.detach() if values.dim() else values.detach()[None]
 
     def _bind_vector(self, module: ModuleType) -> Callable[[object], bool]:
         """A push of what can be read in place; False says that this cannot."""

@@ -69,8 +69,16 @@ def bind(
     state: State, settings: Settings, isa: str | None = None
 ) -> Callable[[Tensor, Tensor], None]:
     """Returns a call that takes a value of each series and writes its z; see `reference.bind`."""
-    rows = bind_rows(state, settings, isa)
-    return lambda values, z: rows(values[None], z)
+    plan = _Plan(state, settings, None, isa)
+    rows = plan.bind("push_rows", plan.address)
+    dense = torch.empty(state.num_series, dtype=state.ring.dtype)
+    address = dense.data_ptr()
+
+    def push(values: Tensor, z: Tensor) -> None:
+        dense.copy_(values)
+        rows(address, 1, z.data_ptr())
+
+    return push
 
 
 def bind_vector(

@@ -200,7 +200,8 @@ def bind(state: State, settings: Settings) -> Callable[[Tensor, Tensor], None]:
     )
 
     def push(values: Tensor, z: Tensor) -> None:
-        read = values if values.dtype in VALUE_DTYPES else values.float()
+        read = values.resolve_neg()
+        read = read if read.dtype in VALUE_DTYPES else read.float()
         arguments[:] = read, z
         launch()
 
