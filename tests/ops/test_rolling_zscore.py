@@ -50,13 +50,12 @@ def doubles(*values: float) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float64", "float32"])
 @pytest.mark.parametrize("clip", [None, 3.0], ids=["unclipped", "clipped"])
-@pytest.mark.parametrize("ddof", [0, 1])
-@pytest.mark.parametrize("window", [1, 2, 3, 8, 33])
+@pytest.mark.parametrize(
+    ("window", "ddof"), [(1, 0), *((w, ddof) for w in (2, 3, 8, 33) for ddof in (0, 1))]
+)
 def test_z_is_that_of_direct_recomputation(
     implementation: str, window: int, ddof: int, clip: float | None, dtype: torch.dtype
 ) -> None:
-    if ddof >= window:
-        pytest.skip("no std of one value")
     s = Settings.of(min(ddof + 2, window), ddof, clip, 1e6)
     values = troubled(4 * window + 20, 11, seed=window)
     found, _ = run(MODULES[implementation].bind, values, window, s, dtype)

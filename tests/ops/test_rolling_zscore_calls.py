@@ -12,6 +12,7 @@ from torch import Tensor
 
 from foreshock.ops import RollingZScore
 from foreshock.ops.rolling_zscore.state import Settings, State
+from tests.interpreter import NO_EXTENSION, NO_TRITON, run_python
 from tests.ops.rolling_zscore_cases import COMPILED, CPU, MODULES, run, troubled, use
 
 PLAIN = Settings.of(2, 0, None, 1e6)
@@ -117,6 +118,22 @@ def test_a_dtensor_is_read_by_its_local_shard(tmp_path: Any) -> None:
             assert torch.equal(zscore.push(distribute_tensor(x, mesh, [Shard(0)])), right.push(x))
     finally:
         dist.destroy_process_group()
+
+
+def test_without_the_extension_the_reference_runs() -> None:
+    done = run_python(
+        """
+        import foreshock as fs
+        from foreshock.ops._backend import choose
+        zscore = fs.ops.RollingZScore(1, 4, min_count=2)
+        z = [zscore.push_float(x) for x in (1.0, 3.0, 4.0)]
+        assert z == [0, 0, 2] and zscore.push([2.0]).shape == (1,), z
+        print(choose("rolling_zscore", "cpu").backend)
+        """,
+        NO_EXTENSION,
+        NO_TRITON,
+    )
+    assert done.stdout.strip() == "reference", done.stderr
 
 
 # ---- what is refused

@@ -174,6 +174,18 @@ def test_a_push_waits_for_nothing_and_allocates_nothing(bind: Callable[..., Any]
 
 
 @pytest.mark.gpu
+def test_the_op_waits_for_nothing() -> None:
+    state = State.empty(5, 4, torch.float64, GPU)
+    x = torch.randn(5, device=GPU)
+    torch.ops.foreshock.rolling_zscore(x, *state, 2, 0, 3.0, 1e6)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.ops.foreshock.rolling_zscore(x, *state, 2, 0, 3.0, 1e6)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
 def test_a_captured_push_takes_what_is_there_at_its_replay(bind: Callable[..., Any]) -> None:
     s = Settings.of(2, 0, 3.0, 1e6)
     state, right = (State.empty(5, 4, torch.float64, device) for device in (GPU, CPU))

@@ -190,7 +190,9 @@ def bind(state: State, settings: Settings) -> Callable[[Tensor, Tensor], None]:
     into a graph, for which it must be kept.
     """
     device = state.ring.device
-    limits = torch.tensor([settings.clip, settings.z_cap], dtype=torch.float64, device=device)
+    limits = torch.empty(2, dtype=torch.float64, device=device)
+    for limit, number in zip(limits, (settings.clip, settings.z_cap), strict=True):
+        limit.fill_(number)  # a copy from the host would be waited for
     if not _IS_INTERPRETED:
         with torch.cuda.device(device):
             _compile(state.ring.dtype, device)
