@@ -43,8 +43,8 @@ lint: setup
 	diff $(BUILD)/stubs/foreshock/_kernels.pyi src/foreshock/_kernels.pyi
 
 bench: setup
-	$(BIN)/python -m pytest benchmarks/health_scan.py benchmarks/power_iteration.py benchmarks/overhead.py \
-		--benchmark-only -q -W default
+	$(BIN)/python -m pytest benchmarks/health_scan.py benchmarks/power_iteration.py \
+		benchmarks/rolling_zscore.py benchmarks/overhead.py --benchmark-only -q -W default
 	$(BIN)/python -m benchmarks.tables
 
 docs: setup

@@ -125,6 +125,15 @@ TABLES: dict[str, Callable[[], str]] = {
             ),
         ],
     ),
+    "rolling_zscore": lambda: a_table_a_case(
+        "rolling_zscore",
+        [
+            number("ns_per_push", "ns a push", 0),
+            number("ns_per_value", "ns a value"),
+            TIMES_OURS,
+        ],
+        by="median_ms",
+    ),
 }
 
 

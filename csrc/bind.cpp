@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "common/dlpack.h"
@@ -17,6 +18,7 @@
 #include "common/threads.h"
 #include "health_scan/kernel.h"
 #include "power_iteration/kernel.h"
+#include "rolling_zscore/kernel.h"
 
 namespace py = pybind11;
 
@@ -35,35 +37,6 @@ T from_plain(Plain<T> value) {
         return value;
     }
 }
-
-// Gives an op's entry points to Python as functions named <op>_<entry point>; the GIL is released
-// in them, and a Status that is not done becomes a RuntimeError.
-class Registrar {
-  public:
-    Registrar(py::module_& module, const char* op) : module_(module), prefix_(op) {
-        prefix_ += '_';
-    }
-
-    template <class Result, class... Args>
-    void operator()(const char* name, Result (*function)(Args...)) {
-        module_.def((prefix_ + name).c_str(), [function](Plain<Args>... args) {
-            Result result;
-            {
-                py::gil_scoped_release release;
-                result = function(from_plain<Args>(args)...);
-            }
-            if constexpr (std::is_same_v<Result, Status>) {
-                if (result != nullptr) throw std::runtime_error(result);
-            } else {
-                return result;
-            }
-        });
-    }
-
-  private:
-    py::module_& module_;
-    std::string prefix_;
-};
 
 Dtype dtype_of(const dlpack::Tensor& tensor) {
     if (tensor.type_lanes == 1) {
@@ -178,6 +151,7 @@ class TensorTable {
     std::size_t size() const { return views_.size(); }
 
   private:
+    friend class VectorReader;
     using Reader = int (*)(void*, dlpack::Tensor*);
 
     struct Entry {
@@ -259,6 +233,103 @@ class TensorTable {
     std::vector<TensorView> views_;
 };
 
+// Looks where a vector lies that is another one at each call, for the kernel of some plan.
+class VectorReader {
+  public:
+    VectorReader(const py::capsule& exchange_api, py::type tensor_type, std::int64_t numel,
+                 int type_bits, std::uintptr_t plan)
+        : read_(TensorTable::reader(exchange_api)),
+          tensor_type_(std::move(tensor_type)),
+          numel_(numel),
+          type_bits_(type_bits),
+          plan_(from_plain<const void*>(plan)) {}
+
+    // Null if this is not a vector of `numel` floating-point numbers of so many bits that follow
+    // each other in host memory. A lazy negation looks like any other vector, but for its stride:
+    // that of the complex numbers it is a part of.
+    const void* find(py::handle object) const {
+        if (reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) != tensor_type_.ptr()) {
+            return nullptr;
+        }
+        dlpack::Tensor tensor;
+        if (read_(object.ptr(), &tensor) != 0) {
+            PyErr_Clear();  // who asks will look more closely, and say what is wrong
+            return nullptr;
+        }
+        const bool is_found = tensor.device_type == dlpack::kCpu &&
+                              tensor.type_code == dlpack::kFloat &&
+                              tensor.type_bits == type_bits_ && tensor.ndim == 1 &&
+                              tensor.shape[0] == numel_ && tensor.strides[0] == 1;
+        return is_found ? TensorTable::data_of(tensor) : nullptr;
+    }
+
+    const void* plan() const { return plan_; }
+    // Whether the work is over before the GIL would be released.
+    bool is_short() const { return numel_ < 1024; }
+
+  private:
+    TensorTable::Reader read_;
+    py::type tensor_type_;
+    std::int64_t numel_;
+    int type_bits_;
+    const void* plan_;
+};
+
+// Gives an op's entry points to Python as functions named <op>_<entry point>; the GIL is released
+// in them, and a Status that is not done becomes a RuntimeError.
+class Registrar {
+  public:
+    Registrar(py::module_& module, const char* op) : module_(module), prefix_(op) {
+        prefix_ += '_';
+    }
+
+    template <class Result, class... Args>
+    void operator()(const char* name, Result (*function)(Args...)) {
+        module_.def((prefix_ + name).c_str(), [function](Plain<Args>... args) {
+            Result result;
+            {
+                py::gil_scoped_release release;
+                result = function(from_plain<Args>(args)...);
+            }
+            if constexpr (std::is_same_v<Result, Status>) {
+                if (result != nullptr) throw std::runtime_error(result);
+            } else {
+                return result;
+            }
+        });
+    }
+
+    // A function that is over before the GIL would be released.
+    template <class Result, class... Args>
+    void brief(const char* name, Result (*function)(Args...)) {
+        module_.def((prefix_ + name).c_str(), [function](Plain<Args>... args) {
+            return function(from_plain<Args>(args)...);
+        });
+    }
+
+    // A function of a plan and a vector becomes one of a VectorReader and any object: false says
+    // that this is no vector that can be read in place, and that nothing was done.
+    template <class Plan>
+    void of_vector(const char* name, void (*function)(const Plan*, const void*)) {
+        module_.def((prefix_ + name).c_str(),
+                    [function](const VectorReader& reader, py::handle object) {
+                        const void* values = reader.find(object);
+                        if (values == nullptr) return false;
+                        if (reader.is_short()) {
+                            function(static_cast<const Plan*>(reader.plan()), values);
+                        } else {
+                            py::gil_scoped_release release;
+                            function(static_cast<const Plan*>(reader.plan()), values);
+                        }
+                        return true;
+                    });
+    }
+
+  private:
+    py::module_& module_;
+    std::string prefix_;
+};
+
 py::list isas() {
     py::list all;
     for (const Isa& isa : detect_isas()) all.append(py::make_tuple(isa.name, isa.is_supported));
@@ -289,7 +360,12 @@ PYBIND11_MODULE(_kernels, m) {
              "Whether these are the same addresses, element types, shapes and strides.")
         .def_property_readonly("address", &TensorTable::address)
         .def("__len__", &TensorTable::size);
+    py::class_<VectorReader>(m, "VectorReader", "Looks where vectors of one kind lie.")
+        .def(py::init<const py::capsule&, py::type, std::int64_t, int, std::uintptr_t>(),
+             py::arg("exchange_api"), py::arg("tensor_type"), py::arg("numel"),
+             py::arg("type_bits"), py::arg("plan"));
 
     health_scan::register_entry_points(Registrar(m, "health_scan"));
     power_iteration::register_entry_points(Registrar(m, "power_iteration"));
+    rolling_zscore::register_entry_points(Registrar(m, "rolling_zscore"));
 }

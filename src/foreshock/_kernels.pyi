@@ -4,7 +4,7 @@ Compiled kernels; called by the cpu and cuda implementations of foreshock.ops.
 from __future__ import annotations
 import typing
 import typing_extensions
-__all__: list[str] = ['TensorTable', 'has_cuda', 'health_scan_avx2', 'health_scan_avx512', 'health_scan_baseline', 'health_scan_cuda', 'health_scan_plan', 'health_scan_plan_bytes', 'isas', 'power_iteration_advance_avx2', 'power_iteration_advance_avx512', 'power_iteration_advance_baseline', 'power_iteration_plan', 'power_iteration_plan_bytes', 'thread_count']
+__all__: list[str] = ['TensorTable', 'VectorReader', 'has_cuda', 'health_scan_avx2', 'health_scan_avx512', 'health_scan_baseline', 'health_scan_cuda', 'health_scan_plan', 'health_scan_plan_bytes', 'isas', 'power_iteration_advance_avx2', 'power_iteration_advance_avx512', 'power_iteration_advance_baseline', 'power_iteration_plan', 'power_iteration_plan_bytes', 'rolling_zscore_plan', 'rolling_zscore_plan_bytes', 'rolling_zscore_push_float_avx2', 'rolling_zscore_push_float_avx512', 'rolling_zscore_push_float_baseline', 'rolling_zscore_push_rows_avx2', 'rolling_zscore_push_rows_avx512', 'rolling_zscore_push_rows_baseline', 'rolling_zscore_push_vector_avx2', 'rolling_zscore_push_vector_avx512', 'rolling_zscore_push_vector_baseline', 'thread_count']
 class TensorTable:
     """
     Where a list of tensors lies in memory.
@@ -19,6 +19,12 @@ class TensorTable:
         """
     @property
     def address(self) -> int:
+        ...
+class VectorReader:
+    """
+    Looks where vectors of one kind lie.
+    """
+    def __init__(self, exchange_api: typing_extensions.CapsuleType, tensor_type: type, numel: typing.SupportsInt | typing.SupportsIndex, type_bits: typing.SupportsInt | typing.SupportsIndex, plan: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
 def has_cuda() -> bool:
     """
@@ -49,6 +55,28 @@ def power_iteration_advance_baseline(arg0: typing.SupportsInt | typing.SupportsI
 def power_iteration_plan(arg0: typing.SupportsInt | typing.SupportsIndex, arg1: typing.SupportsInt | typing.SupportsIndex, arg2: typing.SupportsInt | typing.SupportsIndex) -> None:
     ...
 def power_iteration_plan_bytes(arg0: typing.SupportsInt | typing.SupportsIndex, arg1: typing.SupportsInt | typing.SupportsIndex) -> int:
+    ...
+def rolling_zscore_plan(arg0: typing.SupportsInt | typing.SupportsIndex, arg1: typing.SupportsInt | typing.SupportsIndex, arg2: typing.SupportsInt | typing.SupportsIndex, arg3: typing.SupportsInt | typing.SupportsIndex, arg4: typing.SupportsInt | typing.SupportsIndex, arg5: typing.SupportsInt | typing.SupportsIndex, arg6: typing.SupportsInt | typing.SupportsIndex, arg7: typing.SupportsInt | typing.SupportsIndex, arg8: typing.SupportsFloat | typing.SupportsIndex, arg9: typing.SupportsFloat | typing.SupportsIndex, arg10: typing.SupportsInt | typing.SupportsIndex, arg11: typing.SupportsInt | typing.SupportsIndex) -> None:
+    ...
+def rolling_zscore_plan_bytes() -> int:
+    ...
+def rolling_zscore_push_float_avx2(arg0: typing.SupportsInt | typing.SupportsIndex, arg1: typing.SupportsFloat | typing.SupportsIndex) -> float:
+    ...
+def rolling_zscore_push_float_avx512(arg0: typing.SupportsInt | typing.SupportsIndex, arg1: typing.SupportsFloat | typing.SupportsIndex) -> float:
+    ...
+def rolling_zscore_push_float_baseline(arg0: typing.SupportsInt | typing.SupportsIndex, arg1: typing.SupportsFloat | typing.SupportsIndex) -> float:
+    ...
+def rolling_zscore_push_rows_avx2(arg0: typing.SupportsInt | typing.SupportsIndex, arg1: typing.SupportsInt | typing.SupportsIndex, arg2: typing.SupportsInt | typing.SupportsIndex, arg3: typing.SupportsInt | typing.SupportsIndex) -> None:
+    ...
+def rolling_zscore_push_rows_avx512(arg0: typing.SupportsInt | typing.SupportsIndex, arg1: typing.SupportsInt | typing.SupportsIndex, arg2: typing.SupportsInt | typing.SupportsIndex, arg3: typing.SupportsInt | typing.SupportsIndex) -> None:
+    ...
+def rolling_zscore_push_rows_baseline(arg0: typing.SupportsInt | typing.SupportsIndex, arg1: typing.SupportsInt | typing.SupportsIndex, arg2: typing.SupportsInt | typing.SupportsIndex, arg3: typing.SupportsInt | typing.SupportsIndex) -> None:
+    ...
+def rolling_zscore_push_vector_avx2(arg0: VectorReader, arg1: typing.Any) -> bool:
+    ...
+def rolling_zscore_push_vector_avx512(arg0: VectorReader, arg1: typing.Any) -> bool:
+    ...
+def rolling_zscore_push_vector_baseline(arg0: VectorReader, arg1: typing.Any) -> bool:
     ...
 def thread_count() -> int:
     """

@@ -1,20 +1,17 @@
 """health_scan in Triton and CUDA C++.
 
 Triton runs in its interpreter, and everything is compiled for the devices that it may meet; on a
-device it is test_health_scan_on_gpu.py that runs both. Run as a module, this file is the process in
-which Triton interprets or compiles: which of them it does is settled at its import.
+device it is test_health_scan_on_gpu.py that runs both. Run as a module, this file is a process of
+triton_process.py.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import importlib
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
-import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,6 +36,7 @@ from tests.ops.health_scan_cases import (
     case,
     scan,
 )
+from tests.ops.triton_process import OLD_INTERPRETER, results_of, save_result
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
@@ -206,35 +204,10 @@ COMPILED = [
 ]
 
 
-# Triton 3.6 interprets no loop with the NumPy that came after it.
-OLD_INTERPRETER = "only 0-dimensional arrays can be converted to Python scalars"
-
-
 @pytest.fixture(scope="module")
 def triton_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Any]]:
     """Results of `interpret` and `compile_kernels`, each run in a process of its own."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    folder = tmp_path_factory.mktemp("triton")
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_", "FORESHOCK_"))}
-
-    def run(task: str) -> Any:
-        is_interpreted = "1" if task == "interpret" else "0"
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", __name__, task, str(folder / task)],
-            env=kept
-            | {"TRITON_INTERPRET": is_interpreted, "TRITON_CACHE_DIR": str(folder / "cache")}
-            | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return torch.load(folder / task, weights_only=True)
-
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        runs = {task: pool.submit(run, task) for task in ("interpret", "compile_kernels")}
-        yield lambda task: runs[task].result()
+    yield from results_of(__name__, tmp_path_factory.mktemp("triton"))
 
 
 @pytest.mark.parametrize("name", [*CASES, "mixed"])
@@ -349,6 +322,4 @@ def test_an_extension_without_cuda_is_named_as_the_reason(monkeypatch: pytest.Mo
 
 
 if __name__ == "__main__":
-    torch.save(
-        {"interpret": interpret, "compile_kernels": compile_kernels}[sys.argv[1]](), sys.argv[2]
-    )
+    save_result(interpret, compile_kernels)

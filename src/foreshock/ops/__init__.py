@@ -9,12 +9,14 @@ from foreshock.ops.power_iteration import (
     kappa,
     power_iteration,
 )
+from foreshock.ops.rolling_zscore import RollingZScore
 
 __all__ = [
     "HealthScanner",
     "HealthStats",
     "PowerIterator",
     "PowerState",
+    "RollingZScore",
     "SpectralStats",
     "active_backends",
     "health_scan",
