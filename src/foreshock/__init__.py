@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from foreshock import signals as signals
     from foreshock.guard import Action as Action
     from foreshock.guard import Guard as Guard
+    from foreshock.guard import clip_grad_norm_ as clip_grad_norm_
     from foreshock.monitor import Monitor as Monitor
     from foreshock.monitor import Verdict as Verdict
     from foreshock.signals import entropy_rate as entropy_rate
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "Action": "foreshock.guard",
     "Guard": "foreshock.guard",
+    "clip_grad_norm_": "foreshock.guard",
     "Monitor": "foreshock.monitor",
     "Verdict": "foreshock.monitor",
     "entropy_rate": "foreshock.signals",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,13 +23,15 @@ from foreshock.guard import (
     StepGate,
     Verdict,
     Watch,
-    clip_gradients,
     make_source,
 )
+from foreshock.guard.clipping import as_max_norm, refuse_nonfinite
+from foreshock.host_read import read
 from foreshock.journal import Journal
+from foreshock.noise_watch import NoiseWatch
 from foreshock.ops import active_backends
 from foreshock.settings import Settings
-from foreshock.signals import SpectralSettings, SpectralWatch
+from foreshock.signals import FingerprintSettings, SpectralSettings, SpectralWatch
 from foreshock.spectral_risk import SpectralRisk
 
 __all__ = ["Monitor", "MonitorSettings", "Verdict"]
@@ -65,6 +68,12 @@ class MonitorSettings(Settings):
     rollback, or the end of training where the guard has no way back."""
     spectral: SpectralSettings = SpectralSettings()
     """How their risk is judged."""
+    fingerprint_enabled: bool = True
+    """Whether the noise of loss and gradients is followed."""
+    fingerprint: FingerprintSettings = FingerprintSettings(processivity_window=16)
+    """How."""
+    alignment_interval: PositiveInt = 50
+    """Steps between looks at whether an update goes where its gradient points."""
 
 
 class Monitor:
@@ -137,12 +146,21 @@ class Monitor:
         spectra = self._follow_spectra(model)
         if spectra is not None:
             state["spectral"] = spectra
+        self._noise = self._make_noise()
+        if self._noise is not None:
+            state["noise"] = self._noise
         self._watch = Watch(model, optimizer, state, self._guard, self._record)
         self._risk = None if spectra is None else self._make_risk(spectra)
         self._journal = Journal(out_dir, self._config(spectra))
         self._summary: dict[str, Any] | None = None
         self._has_failed_inside = False
-        self._gate = StepGate(optimizer, self._watch.learning_rate, self._admit, self._note_call)
+        self._gate = StepGate(
+            optimizer,
+            self._watch.learning_rate,
+            self._watch.take_clip_factor,
+            self._admit,
+            self._note_call,
+        )
 
     def _follow_spectra(self, model: torch.nn.Module) -> SpectralWatch | None:
         given = self._settings
@@ -156,6 +174,13 @@ class Monitor:
             given.spectral_exclude,
             given.spectral,
         )
+
+    def _make_noise(self) -> NoiseWatch | None:
+        given = self._settings
+        if not given.fingerprint_enabled:
+            return None
+        updated = [p for group in self._optimizer.param_groups for p in group["params"]]
+        return NoiseWatch(updated, given.fingerprint, given.alignment_interval)
 
     def _make_risk(self, spectra: SpectralWatch) -> SpectralRisk:
         given = self._settings
@@ -190,33 +215,45 @@ class Monitor:
         keeps_batches = self._guard.mode == "recover"
         return self._iterate(make_source(loader, epochs, keeps_batches=keeps_batches))
 
-    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
-        """Clips the gradients of all parameters together, as `torch.nn.utils.clip_grad_norm_` does;
-        the health scan is the norm pass.
+    def clip_grad_norm_(
+        self,
+        max_norm: float,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+        foreach: bool | None = None,
+    ) -> torch.Tensor:
+        """Clips the gradients of all parameters together, as `foreshock.clip_grad_norm_` does.
 
-        g <- g * min(1, max_norm / (|g| + 1e-6)).
+        With a fused optimizer of torch the factor rides in its step, which costs no pass of its
+        own: until then `.grad` holds what was there before.
 
         Args:
-            max_norm: largest L2 norm of all gradients together.
+            max_norm: largest norm of all gradients together.
+            norm_type: 2 or inf.
+            error_if_nonfinite: whether a norm that is NaN or infinite is an error.
+            foreach: accepted as torch does; there is one way only.
         Returns:
             The norm before clipping, (), float64 if a gradient is, else float32; NaN or infinite if
             a gradient is.
         Raises:
-            TypeError, ValueError: max_norm is no number, or below 0.
+            TypeError, ValueError: max_norm is no number, or below 0; norm_type is another one.
+            RuntimeError: the norm is not finite, and error_if_nonfinite.
         Cost:
-            One read of the gradients, and one scaling pass if they are too large.
+            One read of the gradients; if they are too large, and the optimizer is not fused, one
+            scaling pass.
         """
-        limit = _as_number(max_norm, "max_norm")
-        if not limit >= 0:
-            raise ValueError(f"max_norm is {max_norm!r}; accepted: a number from 0 up")
+        limit = as_max_norm(max_norm)
+        if norm_type not in (2.0, math.inf):
+            raise ValueError(f"norm_type is {norm_type!r}; accepted: 2 and inf")
         begun = self._journal.begin()
         try:
-            finding = self._safely(self._watch.scan_gradients, None)
-            if finding is None:
-                return torch.nn.utils.clip_grad_norm_(self._watch.parameters, limit)
-            norm = clip_gradients(self._watch.parameters, finding.norm, limit)
-            self._watch.note_clipped()
-            return norm
+            norm = self._safely(lambda: self._watch.gradient_norm(norm_type), None)
+            if norm is None:
+                return torch.nn.utils.clip_grad_norm_(
+                    self._watch.parameters, limit, norm_type, error_if_nonfinite, foreach
+                )
+            refuse_nonfinite(norm, norm_type, error_if_nonfinite)
+            return self._watch.clip(norm, limit)
         finally:
             self._journal.end(begun)
 
@@ -245,6 +282,8 @@ class Monitor:
         self._journal.steps_run += 1
         is_unstable = self._risk is not None and self._risk.look()
         verdict = self._watch.judge(loss, is_unstable=is_unstable)
+        if self._noise is not None:
+            self._noise.note_step(loss, self._watch.last_finding.norm)
         is_burst = self._risk is not None and self._risk.calls_for_telemetry
         if is_burst or verdict.step % self._settings.telemetry_interval == 0:
             self._record_telemetry(verdict.step, loss)
@@ -322,6 +361,13 @@ class Monitor:
 
     def _admit(self, has_closure: bool) -> bool:
         """Whether the update that is about to be made may reach the parameters."""
+        is_admitted = self._decide_on_update(has_closure)
+        if is_admitted and not has_closure and self._noise is not None:
+            noise, step = self._noise, self._watch.step
+            self._own(lambda: noise.note_update_begins(step))
+        return is_admitted
+
+    def _decide_on_update(self, has_closure: bool) -> bool:
         if self._guard.mode == "observe":
             if not has_closure:
                 self._own(self._watch.observe_update)
@@ -333,6 +379,9 @@ class Monitor:
             self._journal.end(begun)
 
     def _note_call(self, was_admitted: bool) -> None:
+        if self._noise is not None:
+            noise = self._noise
+            self._own(lambda: noise.note_update_ends(was_admitted))
         self._own(lambda: self._watch.note_call(was_admitted))
 
     # ---- records
@@ -353,7 +402,10 @@ class Monitor:
             train_loss=loss,
             grad_norm=self._watch.last_finding.finite_norm,
             learning_rate=None if rate is None else float(rate) * factor,
+            loss_z=self._watch.spikes.loss_z,
+            grad_norm_z=self._watch.spikes.grad_norm_z,
             **({} if self._risk is None else self._risk.telemetry()),
+            **({} if self._noise is None else self._noise.telemetry()),
         )
 
     def _write_summary(self) -> dict[str, Any]:
@@ -392,7 +444,7 @@ def _checked_state(state: Mapping[str, Stateful]) -> Mapping[str, Stateful]:
 
 def _as_number(value: torch.Tensor | float, name: str) -> float:
     try:
-        return float(value.detach() if isinstance(value, torch.Tensor) else value)
+        return float(read(value).item() if isinstance(value, torch.Tensor) else value)
     except (TypeError, ValueError, RuntimeError):
         given = type(value).__name__
         if isinstance(value, torch.Tensor):

@@ -7,8 +7,7 @@ import math
 import pytest
 import torch
 
-from foreshock.guard import clip_gradients
-from foreshock.guard.inspection import inspect_gradients
+import foreshock as fs
 
 # Relative difference of results; torch sums up float32 norms in float32. Measured: 2.4e-7.
 RTOL = 1e-6
@@ -28,11 +27,13 @@ def make(scale: float, dtype: torch.dtype = torch.float32) -> list[torch.nn.Para
 
 
 def both(
-    parameters: list[torch.nn.Parameter], twins: list[torch.nn.Parameter], max_norm: float
+    parameters: list[torch.nn.Parameter],
+    twins: list[torch.nn.Parameter],
+    max_norm: float,
+    norm_type: float = 2.0,
 ) -> None:
-    named = {str(i): p for i, p in enumerate(parameters)}
-    norm = clip_gradients(parameters, inspect_gradients(named).inspect().norm, max_norm)
-    expected = torch.nn.utils.clip_grad_norm_(twins, max_norm)
+    norm = fs.clip_grad_norm_(parameters, max_norm, norm_type)
+    expected = torch.nn.utils.clip_grad_norm_(twins, max_norm, norm_type)
     torch.testing.assert_close(norm, expected, rtol=RTOL, atol=0, equal_nan=True)
     for p, twin in zip(parameters, twins, strict=True):
         assert (p.grad is None) == (twin.grad is None)
@@ -43,10 +44,15 @@ def both(
 @pytest.mark.parametrize("max_norm", [1e-6, 0.5, 46.0, 1e6, math.inf, 0.0])
 @pytest.mark.parametrize("scale", [1e-12, 1e-3, 1.0, 1e8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("norm_type", [2.0, math.inf, 1.0, 3.5])
 def test_result_and_return_value_are_torchs(
-    max_norm: float, scale: float, dtype: torch.dtype
+    max_norm: float, scale: float, dtype: torch.dtype, norm_type: float
 ) -> None:
-    both(make(scale, dtype), make(scale, dtype), max_norm)
+    # Torch has no largest element of an empty gradient.
+    ours, theirs = (
+        [p for p in make(scale, dtype) if p.numel() or norm_type != math.inf] for _ in range(2)
+    )
+    both(ours, theirs, max_norm, norm_type)
 
 
 @pytest.mark.parametrize("bad", [[math.nan], [math.inf], [-math.inf], [math.inf, math.nan]])
@@ -74,8 +80,7 @@ def test_trap_5_a_norm_whose_square_is_beyond_float32_is_no_infinity() -> None:
     """Torch's sum of squares is infinite here, and every gradient becomes 0."""
     p = torch.nn.Parameter(torch.zeros(4))
     p.grad = torch.full((4,), 1e30)
-    norm = inspect_gradients({"p": p}).inspect().norm
-    assert clip_gradients([p], norm, 1.0) == pytest.approx(2e30, rel=1e-6)
+    assert fs.clip_grad_norm_(p, 1.0) == pytest.approx(2e30, rel=1e-6)
     torch.testing.assert_close(p.grad, torch.full((4,), 0.5))
 
 
@@ -87,9 +92,7 @@ def test_sparse_gradients_are_clipped_by_the_norm_of_their_sums() -> None:
     parameters = {"e": embedding.weight, "w": linear.weight, "b": linear.bias}
     dense = [p.grad.to_dense().clone() for p in parameters.values()]
     expected = math.sqrt(sum(g.double().square().sum().item() for g in dense))
-    norm = clip_gradients(
-        list(parameters.values()), inspect_gradients(parameters).inspect().norm, 0.1
-    )
+    norm = fs.clip_grad_norm_(parameters.values(), 0.1)
     assert norm == pytest.approx(expected, rel=1e-6)
     for p, gradient in zip(parameters.values(), dense, strict=True):
         torch.testing.assert_close(p.grad.to_dense(), gradient * 0.1 / expected)
@@ -98,9 +101,30 @@ def test_sparse_gradients_are_clipped_by_the_norm_of_their_sums() -> None:
 def test_mixed_precisions_are_clipped_together() -> None:
     a, b = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(3).bfloat16())
     a.grad, b.grad = torch.full((3,), 2.0), torch.full((3,), 4.0).bfloat16()
-    norm = clip_gradients([a, b], inspect_gradients({"a": a, "b": b}).inspect().norm, 1.0)
+    norm = fs.clip_grad_norm_([a, b], 1.0)
     assert norm == pytest.approx(math.sqrt(60), rel=1e-6)
     torch.testing.assert_close(a.grad, torch.full((3,), 2 / math.sqrt(60)))
     torch.testing.assert_close(
         b.grad.float(), torch.full((3,), 4 / math.sqrt(60)), rtol=4e-3, atol=0
     )
+
+
+@pytest.mark.parametrize("norm_type", [2, math.inf, 1])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_norm_that_is_not_finite_is_an_error_if_wanted(norm_type: float, bad: float) -> None:
+    parameters = make(1.0)
+    parameters[1].grad[0] = bad  # type: ignore[index]
+    before = [None if p.grad is None else p.grad.clone() for p in parameters]
+    with pytest.raises(RuntimeError, match="non-finite"):
+        fs.clip_grad_norm_(parameters, 1.0, norm_type, error_if_nonfinite=True)
+    for p, kept in zip(parameters, before, strict=True):
+        assert (p.grad is None) == (kept is None)
+        if kept is not None:
+            assert torch.equal(p.grad.nan_to_num(), kept.nan_to_num())  # type: ignore[union-attr]
+    assert not math.isfinite(fs.clip_grad_norm_(parameters, 1.0, norm_type, foreach=True))
+
+
+@pytest.mark.parametrize(("given", "error"), [("one", TypeError), (-1, ValueError)])
+def test_a_max_norm_that_is_none_is_refused(given: object, error: type[Exception]) -> None:
+    with pytest.raises(error, match=r"max_norm is .*; accepted: a number from 0 up"):
+        fs.clip_grad_norm_(make(1.0), given)  # type: ignore[arg-type]

@@ -168,7 +168,7 @@ def test_tied_weights_count_once() -> None:
 
 
 def test_nothing_to_look_at_is_nothing_wrong() -> None:
-    assert inspect_gradients({}).inspect() == (0, 0, 0.0)
+    assert inspect_gradients({}).inspect() == (0, 0, 0.0, 0.0)
 
 
 @pytest.mark.gpu

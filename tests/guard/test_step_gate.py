@@ -41,10 +41,13 @@ class Door:
 
     def __init__(self, optimizer: torch.optim.Optimizer, is_open: bool = True) -> None:
         self.is_open = is_open
+        self.clip_factor = 1.0
         self.closures: list[bool] = []
         self.passed: list[bool] = []
         self.learning_rate = LearningRateBackoff(0.5, 10)
-        self.gate = StepGate(optimizer, self.learning_rate, self._admit, self.passed.append)
+        self.gate = StepGate(
+            optimizer, self.learning_rate, lambda: self.clip_factor, self._admit, self.passed.append
+        )
 
     def _admit(self, has_closure: bool) -> bool:
         self.closures.append(has_closure)
@@ -212,3 +215,16 @@ def test_a_gate_does_not_keep_an_optimizer_alive() -> None:
     del optimizer
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name.endswith("fused")])
+def test_a_fused_step_multiplies_the_gradients_as_it_reads_them(name: str) -> None:
+    (p, optimizer), (twin, twins_optimizer) = make(OPTIMIZERS[name]), make(OPTIMIZERS[name])
+    door = Door(optimizer)
+    for factor in (0.25, 1.0, 0.0, 0.7):
+        door.clip_factor = factor
+        p.grad, twin.grad = torch.arange(5.0), torch.arange(5.0) * factor
+        optimizer.step()
+        twins_optimizer.step()
+        torch.testing.assert_close(p, twin, rtol=1e-6, atol=1e-7)
+        assert not hasattr(optimizer, "grad_scale")

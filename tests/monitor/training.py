@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
 import foreshock as fs
+from foreshock.guard.clipping import clip_factor, is_fused, scale_gradients, scaled_in_step
 from foreshock.records import read_telemetry
 
 FEATURES, WIDTH, CLASSES, SAMPLES, BATCH = 6, 8, 3, 48, 8
@@ -48,6 +49,7 @@ class Run:
     zeroes_first: bool = True
     sets_to_none: bool = True
     max_norm: float | None = 1.0
+    clip_factor: float = 1.0
     strikes: list[Strike] = dataclasses.field(default_factory=list)
     steps: list[int] = dataclasses.field(default_factory=list)
     losses: dict[int, float] = dataclasses.field(default_factory=dict)
@@ -94,7 +96,7 @@ def train_step(run: Run, step: int, batch: Any, monitor: fs.Monitor | None) -> b
         clip(run, monitor)
     goes_on = judge(run, loss, monitor) if run.judges_first else True
     if ends:
-        update(run)
+        update(run, monitor)
         strike(run, step, "update")
     if not run.judges_first:
         goes_on = judge(run, loss, monitor)
@@ -106,8 +108,9 @@ def clip(run: Run, monitor: fs.Monitor | None) -> None:
         return
     if monitor is None:
         # The norm is summed up in another order by torch, which would be no error but other bits.
-        norm = foreshock_norm(run.model)
-        fs.guard.clip_gradients(list(run.model.parameters()), norm, run.max_norm)
+        run.clip_factor = clip_factor(foreshock_norm(run.model), run.max_norm)
+        if not is_fused(run.optimizer):
+            scale_gradients(list(run.model.parameters()), run.clip_factor)
     else:
         monitor.clip_grad_norm_(run.max_norm)
 
@@ -123,8 +126,12 @@ def judge(run: Run, loss: Tensor, monitor: fs.Monitor | None) -> bool:
     return bool(run.verdicts[-1])
 
 
-def update(run: Run) -> None:
-    run.optimizer.step()
+def update(run: Run, monitor: fs.Monitor | None) -> None:
+    if monitor is None and is_fused(run.optimizer) and run.clip_factor != 1:
+        with scaled_in_step(run.optimizer, run.clip_factor):
+            run.optimizer.step()
+    else:
+        run.optimizer.step()
     if run.scheduler is not None:
         run.scheduler.step()
     if run.average is not None:

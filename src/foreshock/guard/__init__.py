@@ -1,6 +1,6 @@
 """Withholds bad updates, keeps copies of good state, and decides when to return to one."""
 
-from foreshock.guard.clipping import clip_gradients
+from foreshock.guard.clipping import clip_grad_norm_
 from foreshock.guard.configuration import Guard
 from foreshock.guard.events import (
     Aborted,
@@ -74,7 +74,7 @@ __all__ = [
     "UpdateSkipped",
     "Verdict",
     "Watch",
-    "clip_gradients",
+    "clip_grad_norm_",
     "inspect_gradients",
     "inspect_weights",
     "make_source",

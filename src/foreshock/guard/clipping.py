@@ -1,45 +1,158 @@
-"""Clipping by a norm that is known already."""
+"""Clipping of gradients, for which the health scan is the norm pass."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import math
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 
+from foreshock.guard.inspection import Finding, inspect_gradients
 
-def clip_gradients(
-    parameters: Sequence[torch.Tensor], norm: float, max_norm: float
+_EPSILON = 1e-6
+"""torch's, against a norm of 0."""
+
+
+def clip_grad_norm_(
+    parameters: torch.Tensor | Iterable[torch.Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
 ) -> torch.Tensor:
-    """Scales the gradients as `torch.nn.utils.clip_grad_norm_` does.
+    """`torch.nn.utils.clip_grad_norm_`, with the health scan as its norm pass.
 
-    g <- g * min(1, max_norm / (norm + 1e-6)).
+    g <- g * min(1, max_norm / (norm + 1e-6)), norm of all gradients together.
 
     Args:
-        parameters: whose gradients are scaled, in place; those without one are passed over.
-        norm: L2 norm of all gradients together.
-        max_norm: the norm that they are to have at most.
+        parameters: one, or an iterable of them; those without a gradient are passed over.
+        max_norm: the norm that they are to have at most, from 0 up.
+        norm_type: 2 or inf; any other is left to torch.
+        error_if_nonfinite: whether a norm that is NaN or infinite is an error.
+        foreach: accepted as torch does; there is one way only.
     Returns:
-        The norm, (), on the first gradient's device; float64 if that gradient is, else float32.
+        The norm before clipping, (), float64 if the first gradient is, else float32; NaN or
+        infinite if a gradient is.
+    Raises:
+        TypeError, ValueError: max_norm is no number, or below 0.
+        RuntimeError: the norm is not finite, and error_if_nonfinite.
     Cost:
-        One read and one write of the gradients, if they are too large.
+        One read of the gradients and, if they are too large, one scaling pass; on an accelerator
+        one synchronisation, for which it saves the pass where there is nothing to clip. The sum is
+        exact to 2e-7 whatever the sizes; torch's float32 sum is off by 1e-2 on 1e8 elements.
+    Source:
+        Pascanu, Mikolov and Bengio 2013, arXiv 1211.5063.
     """
+    max_norm = as_max_norm(max_norm)
+    owners = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+    if norm_type not in (2.0, math.inf) or any(_is_distributed(p.grad) for p in owners):
+        return torch.nn.utils.clip_grad_norm_(
+            owners, max_norm, norm_type, error_if_nonfinite, foreach
+        )
+    names = {str(i): p for i, p in enumerate(owners)}
+    norm = norm_of(inspect_gradients(names).inspect(), norm_type)
+    refuse_nonfinite(norm, norm_type, error_if_nonfinite)
+    scale_gradients(owners, clip_factor(norm, max_norm))
+    return norm_like_torchs(owners, norm)
+
+
+def as_max_norm(value: Any) -> float:
+    """A number from 0 up."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"max_norm is a {type(value).__name__}; accepted: a number from 0 up"
+        ) from None
+    if not number >= 0:
+        raise ValueError(f"max_norm is {value!r}; accepted: a number from 0 up")
+    return number
+
+
+def norm_of(finding: Finding, norm_type: float) -> float:
+    """The norm of all elements: NaN if one is, else infinite if one is."""
+    if norm_type == 2.0:
+        return finding.norm
+    if finding.nan:
+        return math.nan
+    return math.inf if finding.inf else finding.absmax
+
+
+def refuse_nonfinite(norm: float, norm_type: float, error_if_nonfinite: bool) -> None:
+    """Raises the error that torch raises, if it is wanted."""
+    if error_if_nonfinite and not math.isfinite(norm):
+        raise RuntimeError(
+            f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, "
+            "so it cannot be clipped; pass error_if_nonfinite=False to scale by it all the same"
+        )
+
+
+def clip_factor(norm: float, max_norm: float) -> float:
+    """What gradients of this norm are multiplied by; 1 if they are short enough."""
+    factor = max_norm / (norm + _EPSILON)
+    return 1.0 if factor >= 1.0 else factor  # a NaN stays one
+
+
+def norm_like_torchs(parameters: Sequence[torch.Tensor], norm: float) -> torch.Tensor:
+    """() on the first gradient's device; float64 if that gradient is, else float32."""
     first = next((p.grad for p in parameters if p.grad is not None), torch.empty(0))
     dtype = torch.float64 if first.dtype is torch.float64 else torch.float32
-    factor = max_norm / (norm + 1e-6)
-    if not factor >= 1.0:  # NaN too
-        with torch.no_grad():
-            _scale([p.grad for p in parameters if p.grad is not None], factor, dtype)
     return torch.tensor(norm, dtype=dtype, device=first.device)
 
 
-def _scale(gradients: Sequence[torch.Tensor], factor: float, dtype: torch.dtype) -> None:
-    for device in {g.device for g in gradients}:
-        # A tensor, since multiplying a list by a number takes four times as long.
-        scale = torch.tensor(factor, dtype=dtype, device=device)
-        here = [g for g in gradients if g.device == device]
-        dense = [g for g in here if not g.is_sparse]
-        if dense:
-            torch._foreach_mul_(dense, scale)
-        for gradient in here:
-            if gradient.is_sparse:
-                gradient.mul_(scale)
+def scale_gradients(parameters: Sequence[torch.Tensor], factor: float) -> None:
+    """Multiplies the gradients that there are, in place; by 1, does nothing.
+
+    Cost:
+        One read and one write of the gradients.
+    """
+    if factor == 1.0:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    with torch.no_grad():
+        for device in {g.device for g in gradients}:
+            here = [g for g in gradients if g.device == device]
+            dtype = torch.float64 if here[0].dtype is torch.float64 else torch.float32
+            # A tensor, since multiplying a list by a number takes four times as long.
+            scale = torch.tensor(factor, dtype=dtype, device=device)
+            dense = [g for g in here if not g.is_sparse]
+            if dense:
+                torch._foreach_mul_(dense, scale)
+            for gradient in here:
+                if gradient.is_sparse:
+                    gradient.mul_(scale)
+
+
+def is_fused(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer's step divides by its `grad_scale` itself."""
+    supports = getattr(optimizer, "_step_supports_amp_scaling", False)
+    return bool(supports) and all(group.get("fused") for group in optimizer.param_groups)
+
+
+@contextlib.contextmanager
+def scaled_in_step(optimizer: torch.optim.Optimizer, factor: float) -> Iterator[None]:
+    """Has a fused optimizer multiply the gradients as it reads them, while one update runs.
+
+    A GradScaler that is stepping has put its own scale there: then both count.
+
+    Cost:
+        No pass of its own over the gradients; the optimizer writes them back scaled.
+    """
+    divisor = torch.tensor(1.0 / factor if factor else math.inf)
+    had_own, own = "grad_scale" in vars(optimizer), vars(optimizer).get("grad_scale")
+    optimizer.grad_scale = divisor if own is None else own * divisor.to(own.device)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        if had_own:
+            optimizer.grad_scale = own  # type: ignore[attr-defined]
+        else:
+            del optimizer.grad_scale  # type: ignore[attr-defined]
+
+
+def _is_distributed(tensor: torch.Tensor | None) -> bool:
+    distributed: Any = sys.modules.get("torch.distributed.tensor")
+    return distributed is not None and isinstance(tensor, distributed.DTensor)

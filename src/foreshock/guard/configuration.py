@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from foreshock.settings import Settings
 
@@ -30,6 +30,16 @@ class Guard(Settings):
     """Steps between scans of the parameters; gradients are scanned at every step."""
     violation_threshold: PositiveFloat = 1e6
     """A finite loss over this is a violation: the state counts as bad."""
+    spike_window: int = Field(default=128, ge=2)
+    """Losses and gradient norms that the next one is held against."""
+    spike_min_count: int = Field(default=32, ge=2)
+    """How many of them there must be."""
+    spike_z: PositiveFloat = 8.0
+    """Standard deviations above their mean at which it is a spike; `inf`: never."""
+    spike_warmup_ratio: float = Field(default=10.0, gt=1)
+    """Until there are as many, a value so many times the largest one before is."""
+    spike_response: Literal["log", "skip"] = "log"
+    """log: record a spike. skip: withhold the update, as for a loss that is not finite."""
     max_consecutive_skips: PositiveInt = 3
     """The last of so many bad updates in a row is a sign of a bad state: recover mode rolls back,
     skip mode, which cannot, tells training to stop."""
@@ -44,3 +54,12 @@ class Guard(Settings):
     """Steps over which that factor returns to 1, linearly."""
     skip_batches: NonNegativeInt = 0
     """Batches left out from the failing one on when steps are run again after a rollback."""
+
+    @model_validator(mode="after")
+    def _window_must_hold_the_least_count(self) -> Guard:
+        if self.spike_min_count > self.spike_window:
+            raise ValueError(
+                f"spike_min_count={self.spike_min_count} is more than "
+                f"spike_window={self.spike_window}; accepted: at most as many"
+            )
+        return self

@@ -23,7 +23,17 @@ from foreshock.guard.state import (
 )
 
 _GRADIENTS = "gradients"
-RESERVED_NAMES = ("parameters", "buffers", _GRADIENTS, "optimizer", "random", "data", "spectral")
+RESERVED_NAMES = (
+    "parameters",
+    "buffers",
+    _GRADIENTS,
+    "optimizer",
+    "random",
+    "data",
+    "spikes",
+    "spectral",
+    "noise",
+)
 """Names that no registered state may have."""
 
 

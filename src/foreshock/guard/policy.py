@@ -20,6 +20,8 @@ class Signs:
     has_nonfinite_weights: bool = False
     is_unstable: bool = False
     """The spectra of the weights say so, and the monitor is told to act on it."""
+    spikes: tuple[Reason, ...] = ()
+    """What stands out from the steps before, if that is to be acted on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +94,7 @@ class Policy:
             reasons.append(Reason.NONFINITE_LOSS)
         elif signs.loss is not None and signs.loss > self._guard.violation_threshold:
             reasons.append(Reason.LOSS_OVER_THRESHOLD)
+        reasons.extend(signs.spikes)
         if signs.is_unstable:
             reasons.append(Reason.SPECTRAL_INSTABILITY)
         return tuple(reasons)

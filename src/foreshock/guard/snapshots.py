@@ -15,6 +15,7 @@ from foreshock.guard.containers import leaves_in, tensors_in
 from foreshock.guard.events import SnapshotDropped
 from foreshock.guard.inspection import can_scan, readable
 from foreshock.guard.state import Part
+from foreshock.host_read import read
 from foreshock.ops import health_scan
 
 ALWAYS_FINITE = frozenset({"parameters", "gradients", "optimizer"})
@@ -70,7 +71,7 @@ def checksum(saved: Mapping[str, Any]) -> str:
 def find_nonfinite(saved: Mapping[str, Any]) -> list[str]:
     """Paths of the tensors with a value that is not finite."""
     named = [(path, t) for path, t in tensors_in(saved) if can_scan(t)]
-    nonfinite = health_scan([readable(t) for _, t in named]).nonfinite.tolist()
+    nonfinite = read(health_scan([readable(t) for _, t in named]).nonfinite)
     return [path for (path, _), n in zip(named, nonfinite, strict=True) if n]
 
 

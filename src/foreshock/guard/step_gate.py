@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from foreshock.guard.clipping import scaled_in_step
 from foreshock.guard.learning_rate import LearningRateBackoff
 
 
@@ -23,6 +25,7 @@ class StepGate:
         optimizer: whose step is wrapped, as an attribute of the object, in front of whatever a
             scheduler or another tool has put there.
         learning_rate: in force on the updates that run.
+        clip_factor: asked for what the gradients of an update are still to be multiplied by.
         admits: called before each step with whether it has a closure; the step runs if it is true.
         passed: called after each call of step with whether it ran.
     """
@@ -31,11 +34,13 @@ class StepGate:
         self,
         optimizer: torch.optim.Optimizer,
         learning_rate: LearningRateBackoff,
+        clip_factor: Callable[[], float],
         admits: Callable[[bool], bool],
         passed: Callable[[bool], None],
     ) -> None:
         self._optimizer = optimizer
         self._learning_rate = learning_rate
+        self._clip_factor = clip_factor
         self._admits = admits
         self._passed = passed
         self._is_removed = False
@@ -57,11 +62,14 @@ class StepGate:
             return self._inner(*given, **kwargs)
         is_admitted = self._admits(closure is not None)
         result = None
-        if is_admitted and self._learning_rate.factor != 1.0:
-            with self._learning_rate.applied_to(self._optimizer):
+        if is_admitted:
+            with contextlib.ExitStack() as during:
+                if self._learning_rate.factor != 1.0:
+                    during.enter_context(self._learning_rate.applied_to(self._optimizer))
+                clip_factor = self._clip_factor()
+                if clip_factor != 1.0:
+                    during.enter_context(scaled_in_step(self._optimizer, clip_factor))
                 result = self._inner(*given, **kwargs)
-        elif is_admitted:
-            result = self._inner(*given, **kwargs)
         self._passed(is_admitted)
         return result
 

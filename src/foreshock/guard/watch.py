@@ -8,12 +8,20 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from foreshock.guard.clipping import (
+    clip_factor,
+    is_fused,
+    norm_like_torchs,
+    norm_of,
+    scale_gradients,
+)
 from foreshock.guard.configuration import Guard
 from foreshock.guard.events import (
     Aborted,
     Action,
     AnomalySeen,
     Event,
+    Reason,
     Recovered,
     RolledBack,
     UpdateSkipped,
@@ -24,6 +32,7 @@ from foreshock.guard.inspection import Finding, inspect_gradients, inspect_weigh
 from foreshock.guard.learning_rate import LearningRateBackoff
 from foreshock.guard.policy import Policy, Signs
 from foreshock.guard.snapshots import Snapshot
+from foreshock.guard.spikes import SpikeDetector
 from foreshock.guard.state import Stateful, named_parameters
 
 _log = logging.getLogger("foreshock")
@@ -38,6 +47,8 @@ class _Step:
     gradient_mark: object = None
     """What one gradient looked like then; another look means that there are new gradients."""
     verdict: Verdict | None = None
+    has_scores: bool = False
+    """Whether its loss has been held against those before."""
     is_recorded: bool = False
     was_updated: bool = False
     was_withheld: bool = False
@@ -74,13 +85,17 @@ class Watch:
     ) -> None:
         parameters = named_parameters(model, optimizer)
         self.parameters = list(parameters.values())
+        self._optimizer = optimizer
+        optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self._not_optimized = [p for p in self.parameters if id(p) not in optimized]
         self._gradients = inspect_gradients(parameters)
         self._weights, self.buffers_left_alone = inspect_weights(model, parameters)
         self._guard = guard
         self._record = record
         self._policy = Policy(guard)
         self.learning_rate = LearningRateBackoff(guard.lr_backoff, guard.lr_recovery_steps)
-        self.history = History(model, optimizer, state, guard, record)
+        self.spikes = SpikeDetector(guard)
+        self.history = History(model, optimizer, {**state, "spikes": self.spikes}, guard, record)
         self.step = 0
         """The step that is being run; between steps, the one that comes next."""
         self.last_loss: float | None = None
@@ -90,6 +105,9 @@ class Watch:
         self.stopped: Verdict | None = None
         """The verdict that ended training."""
         self._current = _Step()
+        self._clip_factor = 1.0
+        self._clip_mark: tuple[int, int] | None = None
+        self._is_updating = False
         self._is_within_accumulation = False
         self._has_been_stepped = False
         self._wants_snapshot = False
@@ -203,11 +221,21 @@ class Watch:
         finding = self.last_finding = self._known_finding(even_if_changed=is_of_this_update)
         is_normal = loss is not None and loss <= self._guard.violation_threshold
         has_bad_weights = self._are_weights_bad(finding.has_nonfinite or not is_normal)
-        signs = Signs(loss, finding.has_nonfinite, has_bad_weights, is_unstable)
+        spikes = () if loss is None or now.has_scores else self._find_spikes(loss, finding)
+        signs = Signs(loss, finding.has_nonfinite, has_bad_weights, is_unstable, spikes)
         verdict = self._decide(signs)
         if verdict.action is Action.CONTINUE and loss is not None:
             self.last_loss = loss
         return verdict
+
+    def _find_spikes(self, loss: float, finding: Finding) -> tuple[Reason, ...]:
+        """Those to be acted on; others are only recorded."""
+        self._current.has_scores = True
+        spikes = self.spikes.update(loss, finding.norm)
+        if spikes and self._guard.spike_response == "log":
+            self._record(AnomalySeen(self.step, Action.SKIP, spikes, None))
+            return ()
+        return spikes
 
     def _decide(self, signs: Signs) -> Verdict:
         decision = self._policy.decide(signs, self._can_roll_back)
@@ -302,6 +330,8 @@ class Watch:
 
     def note_call(self, was_admitted: bool) -> None:
         """The optimizer was called, and has run or not."""
+        self._is_updating = False
+        self._clip_factor = 1.0
         now = self._current
         if was_admitted:
             now.was_updated = True
@@ -317,6 +347,43 @@ class Watch:
             self._known_finding()
 
     # ---- the gradients
+
+    def gradient_norm(self, norm_type: float) -> float:
+        """Norm of the gradients, scanned as they are now, and clipped as they are to be."""
+        norm = norm_of(self.scan_gradients(), norm_type)
+        if self._clip_mark != self._look_at_gradients():
+            self._clip_factor = 1.0  # of gradients that no update has taken
+        return self._clip_factor * norm
+
+    def clip(self, norm: float, max_norm: float) -> torch.Tensor:
+        """Clips gradients of this norm as `clip_grad_norm_` does, or has the optimizer do so.
+
+        A fused optimizer of torch multiplies them as it reads them in its step; until then they
+        are as they were. Only if it has all that there is to be clipped.
+        """
+        factor = clip_factor(norm, max_norm)
+        if self._can_ride():
+            self._clip_factor *= factor
+            self._clip_mark = self._look_at_gradients()
+        else:
+            scale_gradients(self.parameters, factor)
+            self.note_clipped()
+        return norm_like_torchs(self.parameters, norm)
+
+    def _can_ride(self) -> bool:
+        """Not for a closure: the step that it runs in has begun."""
+        if self._is_updating or not is_fused(self._optimizer):
+            return False
+        return all(p.grad is None for p in self._not_optimized)
+
+    def take_clip_factor(self) -> float:
+        """What the update that begins is to multiply the gradients by; it counts as done."""
+        self._is_updating = True
+        factor, self._clip_factor = self._clip_factor, 1.0
+        mark, now = self._clip_mark, self._look_at_gradients()
+        # Gradients that were added to since then are still the ones that were to be clipped.
+        is_same = mark is not None and now is not None and mark[0] == now[0] and mark[1] <= now[1]
+        return factor if is_same else 1.0
 
     def scan_gradients(self) -> Finding:
         """Scans the gradients as they are now."""

@@ -125,6 +125,18 @@ class NoiseFingerprint:
         self._steps += 1
         return self._look_ahead(timestamp_s, loss if self._watches_loss() else grad_norm)
 
+    def note_update(self, grad_norm: float, step_norm: float, alignment: float) -> None:
+        """Takes in what is known of a step only after its update.
+
+        Args:
+            grad_norm: of the gradients that the optimizer was given.
+            step_norm, alignment: as for `update`, which is then not given them.
+        Raises:
+            TypeError, ValueError: naming the argument, what was given and what is accepted; nothing
+                was taken in.
+        """
+        self._processivity.update(grad_norm, step_norm, alignment)
+
     def read(self) -> NoiseReading:
         """The fingerprint of this moment.
 

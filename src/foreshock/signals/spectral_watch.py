@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from foreshock.host_read import read
 from foreshock.ops import PowerIterator
 from foreshock.signals.configuration import SpectralSettings
 from foreshock.signals.optimizer_state import (
@@ -142,7 +143,7 @@ class SpectralWatch:
         packed = np.empty((len(self._matrices), 5))
         for where, iterator in self._iterators:
             stats = iterator(warm_iters=min(max(gap, 1), _MOST_PASSES))
-            packed[where] = stats.packed.cpu().numpy()
+            packed[where] = read(stats.packed)
         sigma_max = packed[:, _SIGMA_MAX]
         reading = self._tracker.update(step, packed[:, _KAPPA], sigma_max, packed[:, _STABLE_RANK])
         ratio, owner = self._largest_muon_ratio(sigma_max)
@@ -162,7 +163,7 @@ class SpectralWatch:
         if why_no_second_moments(self._optimizer) is not None:
             return None
         found = second_moment_rms(self._optimizer, self._parameters, is_stepped=is_stepped)
-        return found.total.item() if found.index else None
+        return float(read(found.total)) if found.index else None
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that later observations depend on, but the weights; shares no memory."""
