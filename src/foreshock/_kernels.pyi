@@ -4,7 +4,7 @@ Compiled kernels; called by the cpu and cuda implementations of foreshock.ops.
 from __future__ import annotations
 import typing
 import typing_extensions
-__all__: list[str] = ['TensorTable', 'has_cuda', 'health_scan_avx2', 'health_scan_avx512', 'health_scan_baseline', 'health_scan_cuda', 'health_scan_plan', 'health_scan_plan_bytes', 'isas', 'power_iteration_advance_avx2', 'power_iteration_advance_avx512', 'power_iteration_advance_baseline', 'power_iteration_plan', 'power_iteration_plan_bytes', 'thread_count']
+__all__: list[str] = ['TensorTable', 'has_cuda', 'health_scan_avx2', 'health_scan_avx512', 'health_scan_baseline', 'health_scan_cuda', 'health_scan_plan', 'health_scan_plan_bytes', 'isas', 'power_iteration_advance_avx2', 'power_iteration_advance_avx512', 'power_iteration_advance_baseline', 'power_iteration_advance_cuda', 'power_iteration_cuda_whole_bytes', 'power_iteration_plan', 'power_iteration_plan_bytes', 'thread_count']
 class TensorTable:
     """
     Where a list of tensors lies in memory.
@@ -45,6 +45,10 @@ def power_iteration_advance_avx2(arg0: typing.SupportsInt | typing.SupportsIndex
 def power_iteration_advance_avx512(arg0: typing.SupportsInt | typing.SupportsIndex, arg1: typing.SupportsInt | typing.SupportsIndex, arg2: typing.SupportsInt | typing.SupportsIndex, arg3: typing.SupportsInt | typing.SupportsIndex) -> None:
     ...
 def power_iteration_advance_baseline(arg0: typing.SupportsInt | typing.SupportsIndex, arg1: typing.SupportsInt | typing.SupportsIndex, arg2: typing.SupportsInt | typing.SupportsIndex, arg3: typing.SupportsInt | typing.SupportsIndex) -> None:
+    ...
+def power_iteration_advance_cuda(arg0: typing.SupportsInt | typing.SupportsIndex, arg1: typing.SupportsInt | typing.SupportsIndex) -> None:
+    ...
+def power_iteration_cuda_whole_bytes() -> int:
     ...
 def power_iteration_plan(arg0: typing.SupportsInt | typing.SupportsIndex, arg1: typing.SupportsInt | typing.SupportsIndex, arg2: typing.SupportsInt | typing.SupportsIndex) -> None:
     ...
