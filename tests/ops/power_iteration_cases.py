@@ -153,7 +153,7 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def odd_sizes(dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    shapes = [(m, n) for m in (1, 2, 7, 33) for n in (1, 3, 8, 63, 130, 520)]
+    shapes = [(m, n) for m in (1, 7, 33) for n in (1, 8, 63, 130, 520)]
     return [torch.randn(shape).to(device, dtype) for shape in [*shapes, (300, 40), (70, 2500)]]
 
 
@@ -163,10 +163,10 @@ def views(dtype: torch.dtype, device: torch.device) -> list[Tensor]:
 
 
 def long_rows(dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Longer than the threads of a block hold, twice as long, and beyond."""
+    """Longer than the threads of a block hold, and longer than twice that."""
     hold = 4096 if dtype is torch.float64 else 8192
     x = torch.randn(2, 2 * hold + 100).to(device, dtype)
-    return [x[:, : hold + 8], x[:, 1 : hold + 2], x]
+    return [x[:, 1 : hold + 2], x]
 
 
 def unwell(dtype: torch.dtype, device: torch.device) -> list[Tensor]:

@@ -154,6 +154,9 @@ def test_the_plan_is_written_as_it_is_read() -> None:
 
 # ---- Triton without a GPU
 
+# Long rows take the interpreter seconds.
+INTERPRETED = [name for name in ALL_CASES if name not in ("long_rows-float32", "long_rows-float16")]
+
 
 def interpret() -> dict[str, Any]:
     from foreshock.ops.power_iteration import triton
@@ -166,7 +169,7 @@ def interpret() -> dict[str, Any]:
         except Exception:
             return traceback.format_exc()
 
-    return {name: attempt(name) for name in ALL_CASES}
+    return {name: attempt(name) for name in INTERPRETED}
 
 
 PASSES = {
@@ -219,7 +222,7 @@ def triton_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callabl
     yield from results_of(__name__, tmp_path_factory.mktemp("triton"))
 
 
-@pytest.mark.parametrize("name", ALL_CASES)
+@pytest.mark.parametrize("name", INTERPRETED)
 def test_triton_agrees_with_the_reference(triton_process: Callable[[str], Any], name: str) -> None:
     found = interpreted(triton_process("interpret")[name])
     assert_agrees(Pass(*found), *case(name, CPU))

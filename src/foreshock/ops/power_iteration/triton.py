@@ -404,7 +404,8 @@ def _power_iteration_matrix_kernel(  # type: ignore[no-untyped-def]
 class Memory(NamedTuple):
     """What a pass works on, beside the table."""
 
-    vectors: Tensor
+    v: Tensor
+    previous: Tensor
     packed: Tensor
     task_sums: Tensor
     chunk_sums: Tensor
@@ -428,7 +429,7 @@ def _launch_pass(kind: Kind, table: DeviceTable, memory: Memory) -> None:
         _power_iteration_pass_kernel[(kind.task_count,)](
             table.rows,
             table.owners,
-            memory.vectors[0],
+            memory.v,
             memory.task_sums,
             memory.partial,
             memory.dots,
@@ -443,7 +444,6 @@ def _launch_pass(kind: Kind, table: DeviceTable, memory: Memory) -> None:
 
 
 def _launch(kinds: Sequence[Kind], table: DeviceTable, memory: Memory) -> None:
-    v, previous = memory.vectors
     for kind in kinds:
         _launch_pass(kind, table, memory)
     _power_iteration_chunk_kernel[(table.chunks,)](
@@ -453,16 +453,16 @@ def _launch(kinds: Sequence[Kind], table: DeviceTable, memory: Memory) -> None:
         memory.chunk_sums,
         memory.partial,
         memory.z,
-        previous,
+        memory.previous,
         **OPTIONS,
     )
     _power_iteration_matrix_kernel[(len(table.rows),)](
         table.rows,
         memory.task_sums,
         memory.chunk_sums,
-        v,
+        memory.v,
         memory.z,
-        previous,
+        memory.previous,
         memory.packed,
         **OPTIONS,
     )
@@ -471,14 +471,15 @@ def _launch(kinds: Sequence[Kind], table: DeviceTable, memory: Memory) -> None:
 def _allocate(table: DeviceTable, vectors: Tensor, packed: Tensor) -> Memory:
     sizes = [2 * table.tasks, 2 * table.chunks, table.partial_words, table.dots_words]
     sizes.append(vectors.shape[1])
-    return Memory(vectors, packed, *packed.new_empty(sum(sizes)).split(sizes))
+    v, previous = vectors
+    return Memory(v, previous, packed, *packed.new_empty(sum(sizes)).split(sizes))
 
 
 @functools.cache
 def _compile(key: Key, device: torch.device) -> None:
     """Compiles and loads what a kind needs by a pass over nothing: no training step shall wait."""
     dtype = FLOATING_DTYPES[key[0]]
-    # One row, of which no program reads an element: its block is behind the last row.
+    # Of a matrix without rows no program reads an element.
     table = _table([torch.empty(0, key[1], dtype=dtype, device=device)], device)
     table.owners = torch.zeros(1, dtype=torch.int32, device=device)
     vectors = torch.zeros(2, key[1], dtype=torch.float64, device=device)
