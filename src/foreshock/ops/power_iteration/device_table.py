@@ -13,7 +13,7 @@ from foreshock.ops._device import Int64s, as_words, upload
 from foreshock.ops._tensors import DTYPE_CODES
 from foreshock.ops.power_iteration.matrices import Layout, gathered_columns, layout_of
 
-# A row of the table, in int64 words; csrc/power_iteration/cuda.cu and triton.py know them by
+# A row of the table, in int64 words; csrc/power_iteration/device.cuh and triton.py know them by
 # position. The first seven are a `Matrix` of csrc/power_iteration/kernel.h.
 ADDRESS, ROWS, COLUMNS, ROW_STRIDE, COLUMN_OFFSETS, FIRST, DTYPE = range(7)
 BLOCK_ROWS, SEGMENT_COLUMNS, SEGMENTS, FIRST_TASK, TASKS, FIRST_CHUNK, CHUNKS = range(7, 14)
