@@ -2,6 +2,7 @@
 // that finishes a tensor's last chunk adds that tensor's partial results up.
 #include <cuda_runtime.h>
 
+#include "common/device.cuh"
 #include "health_scan/kernel.h"
 
 namespace foreshock::health_scan {
@@ -364,19 +365,6 @@ __device__ Row load_row(const Row* row) {
             sums.y};
 }
 
-// Whether all other chunks of a tensor are done. The ticket returns to 0 as the last one is drawn,
-// so that the next launch, or the replay of a graph, finds it as this one did.
-__device__ bool draws_last_ticket(uint32_t* ticket, uint32_t chunks) {
-    __shared__ bool is_last;
-    if (threadIdx.x == 0) {
-        __threadfence();
-        is_last = atomicInc(ticket, chunks - 1) == chunks - 1;
-    }
-    __syncthreads();
-    if (is_last) __threadfence();
-    return is_last;
-}
-
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     _health_scan_chunk_kernel(const Source* table, const int32_t* owners, Row* partial_rows,
                               uint32_t* tickets, Row* rows) {
@@ -400,19 +388,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     if (threadIdx.x == 0) rows[tensor] = row;
 }
 
-Status status_of(cudaError_t error) {
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
 }  // namespace
 
 Status scan_cuda(const int64_t* table, const int32_t* owners, int64_t chunks, Row* partial_rows,
                  uint32_t* tickets, Row* rows, void* stream) {
-    if (chunks == 0) {
-        // Asking for its attributes loads a kernel, which must not wait until a graph is captured.
-        cudaFuncAttributes attributes;
-        return status_of(cudaFuncGetAttributes(&attributes, _health_scan_chunk_kernel));
-    }
+    if (chunks == 0) return load_kernel(_health_scan_chunk_kernel);
     _health_scan_chunk_kernel<<<static_cast<unsigned>(chunks), kThreads, 0,
                                 static_cast<cudaStream_t>(stream)>>>(
         reinterpret_cast<const Source*>(table), owners, partial_rows, tickets, rows);

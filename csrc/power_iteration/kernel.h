@@ -77,6 +77,47 @@ Status plan(const Matrix* matrices, std::int64_t count, Plan* memory);
 FORESHOCK_EACH_ISA(FORESHOCK_DECLARE)
 #undef FORESHOCK_DECLARE
 
+struct Source;
+struct TaskSums;
+struct ChunkSums;
+
+// Of matrices of one element type: tasks that read whole rows, those that read rows in segments,
+// and those that read whole rows twice as long.
+struct TaskCounts {
+    std::int64_t whole;
+    std::int64_t cut;
+    std::int64_t longer;
+};
+
+// A pass over the matrices of a device table: where it lies, and the memory that the pass needs
+// there. Filled by src/foreshock/ops/power_iteration/cuda.py, which knows the words by position.
+struct DevicePlan {
+    const Source* table;
+    const std::int32_t* owners;        // for each task its matrix
+    const std::int32_t* chunk_owners;  // for each chunk of columns its matrix
+    std::uint32_t* tickets;            // for each matrix 0, before and after every pass
+    TaskSums* task_sums;
+    ChunkSums* chunk_sums;
+    double* partial;
+    double* dots;
+    double* z;
+    double* v;
+    double* previous;
+    Row* rows;
+    std::int64_t chunks;
+    TaskCounts tasks[4];  // in the order of Dtype
+};
+static_assert(sizeof(DevicePlan) == 200);
+
+// The same as `advance`, in one launch for all matrices of a type with rows of the usual length, at
+// most two more where there are longer ones, and one at the end. The plan is in host memory and is
+// not needed after the call. Without a plan, it only loads the kernels.
+Status advance_cuda(const DevicePlan* plan, void* stream);
+
+// Of the current device: rows that are no longer than a float vector of so many bytes are read
+// whole.
+std::int64_t cuda_whole_bytes();
+
 template <class Registrar>
 void register_entry_points(Registrar&& add) {
     add("plan_bytes", plan_bytes);
@@ -84,6 +125,10 @@ void register_entry_points(Registrar&& add) {
 #define FORESHOCK_ADD(isa) add("advance_" #isa, isa::advance);
     FORESHOCK_EACH_ISA(FORESHOCK_ADD)
 #undef FORESHOCK_ADD
+#if defined(FORESHOCK_HAS_CUDA)
+    add("advance_cuda", advance_cuda);
+    add("cuda_whole_bytes", cuda_whole_bytes);
+#endif
 }
 
 }  // namespace foreshock::power_iteration

@@ -4,7 +4,7 @@ Compiled kernels; called by the cpu and cuda implementations of foreshock.ops.
 from __future__ import annotations
 import typing
 import typing_extensions
-__all__: list[str] = ['TensorTable', 'VectorReader', 'has_cuda', 'health_scan_avx2', 'health_scan_avx512', 'health_scan_baseline', 'health_scan_cuda', 'health_scan_plan', 'health_scan_plan_bytes', 'isas', 'power_iteration_advance_avx2', 'power_iteration_advance_avx512', 'power_iteration_advance_baseline', 'power_iteration_plan', 'power_iteration_plan_bytes', 'rolling_zscore_plan', 'rolling_zscore_plan_bytes', 'rolling_zscore_push_float_avx2', 'rolling_zscore_push_float_avx512', 'rolling_zscore_push_float_baseline', 'rolling_zscore_push_rows_avx2', 'rolling_zscore_push_rows_avx512', 'rolling_zscore_push_rows_baseline', 'rolling_zscore_push_vector_avx2', 'rolling_zscore_push_vector_avx512', 'rolling_zscore_push_vector_baseline', 'thread_count']
+__all__: list[str] = ['TensorTable', 'VectorReader', 'has_cuda', 'health_scan_avx2', 'health_scan_avx512', 'health_scan_baseline', 'health_scan_cuda', 'health_scan_plan', 'health_scan_plan_bytes', 'isas', 'power_iteration_advance_avx2', 'power_iteration_advance_avx512', 'power_iteration_advance_baseline', 'power_iteration_advance_cuda', 'power_iteration_cuda_whole_bytes', 'power_iteration_plan', 'power_iteration_plan_bytes', 'rolling_zscore_plan', 'rolling_zscore_plan_bytes', 'rolling_zscore_push_float_avx2', 'rolling_zscore_push_float_avx512', 'rolling_zscore_push_float_baseline', 'rolling_zscore_push_rows_avx2', 'rolling_zscore_push_rows_avx512', 'rolling_zscore_push_rows_baseline', 'rolling_zscore_push_vector_avx2', 'rolling_zscore_push_vector_avx512', 'rolling_zscore_push_vector_baseline', 'thread_count']
 class TensorTable:
     """
     Where a list of tensors lies in memory.
@@ -51,6 +51,10 @@ def power_iteration_advance_avx2(arg0: typing.SupportsInt | typing.SupportsIndex
 def power_iteration_advance_avx512(arg0: typing.SupportsInt | typing.SupportsIndex, arg1: typing.SupportsInt | typing.SupportsIndex, arg2: typing.SupportsInt | typing.SupportsIndex, arg3: typing.SupportsInt | typing.SupportsIndex) -> None:
     ...
 def power_iteration_advance_baseline(arg0: typing.SupportsInt | typing.SupportsIndex, arg1: typing.SupportsInt | typing.SupportsIndex, arg2: typing.SupportsInt | typing.SupportsIndex, arg3: typing.SupportsInt | typing.SupportsIndex) -> None:
+    ...
+def power_iteration_advance_cuda(arg0: typing.SupportsInt | typing.SupportsIndex, arg1: typing.SupportsInt | typing.SupportsIndex) -> None:
+    ...
+def power_iteration_cuda_whole_bytes() -> int:
     ...
 def power_iteration_plan(arg0: typing.SupportsInt | typing.SupportsIndex, arg1: typing.SupportsInt | typing.SupportsIndex, arg2: typing.SupportsInt | typing.SupportsIndex) -> None:
     ...

@@ -88,6 +88,9 @@ def test_every_op_has_every_room() -> None:
     for op in _backend.list_ops():
         for room in ("reference", "cpu", "register"):
             importlib.import_module(f"foreshock.ops.{op}.{room}")
+        for room in ("triton", "cuda"):
+            if op in ("health_scan", "power_iteration"):
+                assert importlib.util.find_spec(f"foreshock.ops.{op}.{room}") is not None
 
 
 def test_an_op_without_a_backend_says_so() -> None:

@@ -1,14 +1,12 @@
 """health_scan in Triton and CUDA C++.
 
 Triton runs in its interpreter, and everything is compiled for the devices that it may meet; on a
-device it is test_health_scan_on_gpu.py that runs both. Run as a module, this file is a process of
-triton_process.py.
+device it is test_health_scan_on_gpu.py that runs both. Run as a module, this file is the process in
+which Triton interprets or compiles: which of them it does is settled at its import.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import re
 import shutil
 import subprocess
@@ -23,10 +21,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from foreshock.ops import _device
 from foreshock.ops._tensors import FLOATING_DTYPES
 from foreshock.ops.health_scan import cuda, device_table
 from foreshock.ops.health_scan.device_table import DeviceTable, coalesce
 from tests.interpreter import NO_EXTENSION, NO_TRITON, run_python
+from tests.ops.cuobjdump import disassemble
 from tests.ops.health_scan_cases import (
     CASES,
     CPU,
@@ -36,7 +36,7 @@ from tests.ops.health_scan_cases import (
     case,
     scan,
 )
-from tests.ops.triton_process import OLD_INTERPRETER, results_of, save_result
+from tests.ops.triton_process import CAPABILITIES, compile_all, interpreted, main, results_of
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
@@ -161,8 +161,6 @@ def add_rows() -> tuple[Tensor, Tensor] | str:
 
 def compile_kernels() -> dict[str, Any]:
     """Of every kernel, dtype and architecture: machine code, shared memory and PTX."""
-    import triton
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from foreshock.ops.health_scan import triton as ours
@@ -181,22 +179,12 @@ def compile_kernels() -> dict[str, Any]:
             sources[f"chunk-{name}-{'strided' if is_strided else 'dense'}"] = ASTSource(
                 ours._health_scan_chunk_kernel, signature, constants
             )
-    found: dict[str, Any] = {}
-    for capability in (80, 90):
-        for name, source in sources.items():
-            target = GPUTarget("cuda", capability, 32)
-            kernel = triton.compile(source, target=target, options=dict(ours.OPTIONS))
-            found[f"sm{capability}-{name}"] = {
-                "cubin": kernel.asm["cubin"][:4],
-                "shared_bytes": kernel.metadata.shared,
-                "ptx": kernel.asm["ptx"],
-            }
-    return found
+    return compile_all(sources, ours.OPTIONS)
 
 
 COMPILED = [
     f"sm{capability}-{kernel}"
-    for capability in (80, 90)
+    for capability in CAPABILITIES
     for kernel in [
         "tensor",
         *(f"chunk-{d}-{kind}" for d in DTYPES for kind in ("dense", "strided")),
@@ -206,27 +194,18 @@ COMPILED = [
 
 @pytest.fixture(scope="module")
 def triton_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Any]]:
-    """Results of `interpret` and `compile_kernels`, each run in a process of its own."""
     yield from results_of(__name__, tmp_path_factory.mktemp("triton"))
 
 
 @pytest.mark.parametrize("name", [*CASES, "mixed"])
 def test_triton_agrees_with_the_reference(triton_process: Callable[[str], Any], name: str) -> None:
-    found = triton_process("interpret")[name]
-    if isinstance(found, str) and OLD_INTERPRETER in found:
-        pytest.skip("this Triton's interpreter is too old for this NumPy")
-    assert isinstance(found, Tensor), found
-    assert_agrees(found, case(name, CPU))
+    assert_agrees(interpreted(triton_process("interpret")[name]), case(name, CPU))
 
 
 def test_triton_adds_up_more_chunks_than_it_has_threads(
     triton_process: Callable[[str], Any],
 ) -> None:
-    found = triton_process("interpret")["rows"]
-    if isinstance(found, str) and OLD_INTERPRETER in found:
-        pytest.skip("this Triton's interpreter is too old for this NumPy")
-    assert not isinstance(found, str), found
-    partial, packed = found
+    partial, packed = interpreted(triton_process("interpret")["rows"])
     for rows, row in zip(partial.split([700, 256, 1]), packed, strict=True):
         sums = rows.view(torch.float64)
         assert row[1:3].tolist() == rows[:, :2].sum(0).tolist()
@@ -278,17 +257,7 @@ def test_the_cuda_kernel_keeps_to_its_registers(compiled_cuda: tuple[str, Path])
 def test_the_cuda_kernel_loads_16_bytes_and_flushes_nothing(
     compiled_cuda: tuple[str, Path],
 ) -> None:
-    triton = importlib.util.find_spec("triton")
-    bundled = (
-        Path(triton.origin).parent / "backends/nvidia/bin" if triton and triton.origin else None
-    )
-    cuobjdump = shutil.which("cuobjdump") or (bundled and shutil.which("cuobjdump", path=bundled))
-    if cuobjdump is None:
-        pytest.skip("cuobjdump is not installed")
-    code = subprocess.run(
-        [cuobjdump, "-sass", compiled_cuda[1]], capture_output=True, text=True, check=True
-    ).stdout
-    kernels = code.split("Function :")[1:]
+    kernels = disassemble(compiled_cuda[1])
     assert len(kernels) == 2
     for kernel in kernels:
         # Of each of six dtypes, four loads under way before the first is used.
@@ -317,9 +286,9 @@ def test_an_extension_without_cuda_is_named_as_the_reason(monkeypatch: pytest.Mo
         def has_cuda() -> bool:
             return False
 
-    monkeypatch.setattr(cuda, "load_kernels", Extension)
+    monkeypatch.setattr(_device, "load_kernels", Extension)
     assert "built without CUDA" in str(cuda.why_unavailable("cuda"))
 
 
 if __name__ == "__main__":
-    save_result(interpret, compile_kernels)
+    main({"interpret": interpret, "compile_kernels": compile_kernels})

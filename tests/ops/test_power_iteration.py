@@ -24,6 +24,7 @@ from tests.ops.power_iteration_cases import (
     BINDS,
     COMPILED,
     DTYPES,
+    VIEWS,
     assert_same_pass,
     error_of,
     one_pass,
@@ -116,32 +117,6 @@ def test_every_bit_pattern_of_a_half_is_decoded(compiled: str) -> None:
                 W = torch.ones(9, 40, dtype=dtype)
                 W[7, 33] = bad
                 assert one_pass(compiled, [W], random_vectors([W]))[0].isnan().all()
-
-
-VIEWS = {
-    "offset": lambda x: x.flatten()[1:-26].view(-1, 27),
-    "transposed": lambda x: x[0].t(),
-    "transposed block": lambda x: x[0].t()[3:9, 2:11],
-    "wide rows": lambda x: x[3][:, :20],
-    "every second row": lambda x: x[3][::2],
-    "every third column": lambda x: x[3][:, ::3],
-    "both": lambda x: x[3][::2, 1::3],
-    "one column": lambda x: x[3][:, 4:5],
-    "one row": lambda x: x[3][4:5],
-    "expanded rows": lambda x: x[3][:1].expand(6, -1),
-    "expanded columns": lambda x: x[3][:, :1].expand(-1, 6),
-    "one number": lambda x: x[0, 0, 0].expand(5, 7),
-    "overlapping windows": lambda x: x.flatten().unfold(0, 5, 2),
-    "convolution": lambda x: x,
-    "channels last": lambda x: x.unsqueeze(-1).to(memory_format=torch.channels_last),
-    "input channels first": lambda x: x.transpose(0, 1),
-    "last first": lambda x: x.permute(2, 0, 1),
-    "inner block": lambda x: x[2:9, 3:11, 5:23],
-    "seven dims": lambda x: x.reshape(11, 13, 1, 3, 1, 3, 3)[::2, 1:, :, ::2, :, 1:, ::2],
-    "one by one": lambda x: x[:, :1, :1, None],
-    "empty": lambda x: x[3][:, 3:3],
-    "no rows": lambda x: x[3][3:3],
-}
 
 
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)

@@ -18,7 +18,7 @@ from foreshock.ops import RollingZScore
 from foreshock.ops.rolling_zscore import reference
 from foreshock.ops.rolling_zscore.state import DTYPES, Settings, State
 from tests.ops.rolling_zscore_cases import CPU, assert_scores, run, troubled
-from tests.ops.triton_process import OLD_INTERPRETER, results_of, save_result
+from tests.ops.triton_process import compile_all, interpreted, main, results_of
 
 GPU = torch.device("cuda", 0)
 WINDOWS = [1, 2, 7]
@@ -62,28 +62,17 @@ def interpret() -> dict[str, Any]:
 
 def compile_kernels() -> dict[str, Any]:
     """Of every pair of dtypes and architecture: machine code, shared memory and PTX."""
-    import triton
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from foreshock.ops.rolling_zscore import triton as ours
 
-    found: dict[str, Any] = {}
-    for capability, kept, value in itertools.product((80, 90), POINTERS, POINTERS):
-        if kept not in KEPT:
-            continue
+    sources = {}
+    for kept, value in itertools.product(KEPT, POINTERS):
         signature = {"values_ptr": POINTERS[value], "z_ptr": POINTERS[kept]}
         signature |= {"ring_ptr": POINTERS[kept], "moments_ptr": "*fp64", "counts_ptr": "*i64"}
         signature |= {"limits_ptr": "*fp64"} | dict.fromkeys(SCALARS, "i32")
-        source = ASTSource(ours._rolling_zscore_push_kernel, signature)
-        target = GPUTarget("cuda", capability, 32)
-        kernel = triton.compile(source, target=target, options=dict(ours.OPTIONS))
-        found[f"sm{capability}-{kept}-{value}"] = {
-            "cubin": kernel.asm["cubin"][:4],
-            "shared_bytes": kernel.metadata.shared,
-            "ptx": kernel.asm["ptx"],
-        }
-    return found
+        sources[f"{kept}-{value}"] = ASTSource(ours._rolling_zscore_push_kernel, signature)
+    return compile_all(sources, ours.OPTIONS)
 
 
 POINTERS = {"float64": "*fp64", "float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
@@ -102,11 +91,7 @@ def triton_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callabl
 
 @pytest.mark.parametrize("name", CASES)
 def test_triton_agrees_with_the_reference(triton_process: Callable[[str], Any], name: str) -> None:
-    found = triton_process("interpret")[name]
-    if isinstance(found, str) and OLD_INTERPRETER in found:
-        pytest.skip("this Triton's interpreter is too old for this NumPy")
-    assert not isinstance(found, str), found
-    assert_agrees(found, name)
+    assert_agrees(interpreted(triton_process("interpret")[name]), name)
 
 
 @pytest.mark.parametrize("name", COMPILED)
@@ -237,4 +222,4 @@ def test_triton_compiles_when_it_binds_and_never_later(monkeypatch: pytest.Monke
 
 
 if __name__ == "__main__":
-    save_result(interpret, compile_kernels)
+    main({"interpret": interpret, "compile_kernels": compile_kernels})

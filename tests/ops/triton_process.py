@@ -1,5 +1,8 @@
-"""Triton without a GPU: whether it interprets or compiles is settled at its import, so each of the
-two happens in a process of its own, which runs the test module that asks for it."""
+"""Triton where there is no GPU.
+
+Whether it interprets or compiles is settled at its import, so a test module runs itself as a
+process for either: its functions `interpret` and `compile_kernels`.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,21 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+CAPABILITIES = (80, 90)
+
 # Triton 3.6 interprets no loop with the NumPy that came after it.
 OLD_INTERPRETER = "only 0-dimensional arrays can be converted to Python scalars"
 
 
 def results_of(module: str, folder: Path) -> Iterator[Callable[[str], Any]]:
-    """For a fixture: gives results of the module's tasks `interpret` and `compile_kernels`."""
+    """Starts a module's tasks, and yields a call that waits for one's result."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_", "FORESHOCK_"))}
@@ -44,7 +49,32 @@ def results_of(module: str, folder: Path) -> Iterator[Callable[[str], Any]]:
         yield lambda task: runs[task].result()
 
 
-def save_result(*tasks: Callable[[], Any]) -> None:
-    """Of a module run as such a process: runs the task that was asked for."""
-    named = {task.__name__: task for task in tasks}
-    torch.save(named[sys.argv[1]](), sys.argv[2])
+def main(tasks: Mapping[str, Callable[[], Any]]) -> None:
+    """What a test module does when it is run as a process."""
+    torch.save(tasks[sys.argv[1]](), sys.argv[2])
+
+
+def interpreted(found: Any) -> Any:
+    """A result of the interpreter, or the end of the test: with its traceback, or by a skip."""
+    if isinstance(found, str) and OLD_INTERPRETER in found:
+        pytest.skip("this Triton's interpreter is too old for this NumPy")
+    assert not isinstance(found, str), found
+    return found
+
+
+def compile_all(sources: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of every source and architecture: machine code, shared memory and PTX."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    found: dict[str, Any] = {}
+    for capability in CAPABILITIES:
+        for name, source in sources.items():
+            target = GPUTarget("cuda", capability, 32)
+            kernel = triton.compile(source, target=target, options=dict(options))
+            found[f"sm{capability}-{name}"] = {
+                "cubin": kernel.asm["cubin"][:4],
+                "shared_bytes": kernel.metadata.shared,
+                "ptx": kernel.asm["ptx"],
+            }
+    return found

@@ -9,19 +9,13 @@ from typing import Any
 import torch
 
 from foreshock.ops._backend import load_kernels
-from foreshock.ops.health_scan.device_table import DeviceTable, bind_launch, why_no_device
+from foreshock.ops._device import bind_launch, why_no_cuda
+from foreshock.ops.health_scan.device_table import DeviceTable
 
 
 def why_unavailable(device_type: str) -> str | None:
     """What keeps this implementation from tensors of a device; None if nothing does."""
-    if device_type != "cuda":
-        return "reads the memory of CUDA devices only"
-    kernels = load_kernels()
-    if isinstance(kernels, str):
-        return kernels
-    if not kernels.has_cuda():
-        return "the compiled extension was built without CUDA (no nvcc, or FORESHOCK_CUDA=OFF)"
-    return why_no_device()
+    return why_no_cuda(device_type)
 
 
 @functools.cache

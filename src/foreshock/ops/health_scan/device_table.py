@@ -1,13 +1,14 @@
-"""What both GPU implementations need: a table of the tensors in device memory, and a launch."""
+"""What both GPU implementations read: a table of the tensors in device memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from foreshock.ops._device import Int64s, as_words, upload
 from foreshock.ops._tensors import DTYPE_CODES, FLOATING_DTYPES
 
 # A row of the table, in int64 words; csrc/health_scan/cuda.cu and triton.py read it by position.
@@ -26,9 +27,6 @@ LARGE_BYTES = 1 << 30
 _ITEM_BYTES = np.array([dtype.itemsize for dtype in FLOATING_DTYPES])
 
 
-Int64s: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
-
-
 class Kind(NamedTuple):
     """Chunks that the same code reads; their numbers are consecutive."""
 
@@ -36,20 +34,6 @@ class Kind(NamedTuple):
     is_strided: bool
     first_chunk: int
     chunk_count: int
-
-
-def why_no_device() -> str | None:
-    """What keeps compiled kernels from the CUDA devices of this process; None if nothing does."""
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA"
-    if not torch.cuda.is_available():
-        return "no CUDA device is visible"
-    for index in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(index)
-        if major < 8:
-            name = torch.cuda.get_device_name(index)
-            return f"{name} has compute capability {major}.{minor}; 8.0 is needed"
-    return None
 
 
 def coalesce(sizes: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int]]:
@@ -89,10 +73,9 @@ class DeviceTable:
         self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         rows = self._describe(tensors)
         owners = self._deal_chunks(rows)
-        parts = rows.ravel(), _as_words(owners), _as_words(np.zeros_like(rows[:, 0]))
-        words = torch.from_numpy(np.concatenate(parts))
-        if device.type == "cuda":
-            words = words.pin_memory().to(device, non_blocking=True)
+        parts = rows.ravel(), as_words(owners), as_words(np.zeros_like(rows[:, 0]))
+        words = torch.empty(sum(map(len, parts)), dtype=torch.int64, device=device)
+        upload(np.concatenate(parts), words)
         table, owner_words, ticket_words = torch.split(words, [len(part) for part in parts])
         self.rows = table.view(-1, COLUMNS)
         self.owners = owner_words.view(torch.int32)[: len(owners)]
@@ -162,48 +145,3 @@ class DeviceTable:
         rows[:, CHUNK_NUMEL] = chunk_numel
         rows[order, FIRST_CHUNK] = dealt.cumsum() - dealt
         return order.repeat(dealt)
-
-
-def _as_words(values: Int64s) -> Int64s:
-    """Two int32 in each int64."""
-    pairs = np.zeros(len(values) + len(values) % 2, np.int32)
-    pairs[: len(values)] = values
-    return pairs.view(np.int64)
-
-
-def bind_launch(
-    launch: Callable[[int], object], memory: Sequence[torch.Tensor], device: torch.device
-) -> Callable[[], object]:
-    """Makes `launch(stream)` a call for whichever stream is then the current one of a device.
-
-    Args:
-        launch: starts kernels that read and write `memory`.
-        memory: what has been prepared on the stream that is the current one now. Another stream
-            waits for it once, unless it is being captured: a graph's capture begins after that.
-    """
-    if device.type != "cuda":
-        return lambda: launch(0)
-    index = torch.cuda.current_device() if device.index is None else device.index
-    home = torch.cuda.current_stream(index)
-    known = {home.cuda_stream}
-    current_stream = torch._C._cuda_getCurrentRawStream
-
-    def meet(stream: int) -> None:
-        if not torch.cuda.is_current_stream_capturing():
-            current = torch.cuda.current_stream(index)
-            current.wait_stream(home)
-            for tensor in memory:
-                tensor.record_stream(current)
-            known.add(stream)
-
-    def call() -> None:
-        stream = current_stream(index)
-        if torch.cuda.current_device() != index:
-            with torch.cuda.device(index):
-                call()
-            return
-        if stream not in known:
-            meet(stream)
-        launch(stream)
-
-    return call

@@ -10,19 +10,16 @@ import torch
 import triton
 import triton.language as tl
 
+from foreshock.ops._device import bind_launch, why_no_triton
 from foreshock.ops.health_scan import device_table
-from foreshock.ops.health_scan.device_table import DeviceTable, Kind, bind_launch, why_no_device
+from foreshock.ops.health_scan.device_table import DeviceTable, Kind
 
 _IS_INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
 def why_unavailable(device_type: str) -> str | None:
     """What keeps this implementation from tensors of a device; None if nothing does."""
-    if device_type == "cpu":
-        return None if _IS_INTERPRETED else "reads host memory only under TRITON_INTERPRET=1"
-    if device_type != "cuda":
-        return "reads the memory of CUDA devices only"
-    return "under TRITON_INTERPRET=1 reads host memory only" if _IS_INTERPRETED else why_no_device()
+    return why_no_triton(device_type, _IS_INTERPRETED)
 
 
 class Format(NamedTuple):

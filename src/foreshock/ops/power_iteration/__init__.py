@@ -245,8 +245,11 @@ class PowerIterator:
         rows = torch.empty_like(self.stats.packed[: len(chosen)])
         call = self._module.bind([self._matrices[m] for m in chosen], vectors, rows)
         lanczos.advance(call, vectors, rows, columns, passes)
-        self.stats.packed[chosen] = rows
-        for pair, moved in zip(pairs, vectors.split(columns, dim=1), strict=True):
+        # One by one: an index in host memory would have to be waited for.
+        for m, row, pair, moved in zip(
+            chosen, rows, pairs, vectors.split(columns, dim=1), strict=True
+        ):
+            self.stats.packed[m].copy_(row)
             pair.copy_(moved)
 
     def _note_started(self, chosen: list[int]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from foreshock.ops._backend import active_isa, load_kernels
 from foreshock.ops._tensors import DTYPE_CODES
-from foreshock.ops.power_iteration.matrices import column_offsets, column_strides, layout_of
+from foreshock.ops.power_iteration.matrices import gathered_columns, layout_of
 
 
 def why_unavailable(device_type: str) -> str | None:
@@ -27,11 +27,10 @@ def _table(weights: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     first = 0
     for weight in weights:
         layout = layout_of(weight)
-        strides = column_strides(weight, layout)
         offsets_address = 0
-        if strides and (len(strides) > 1 or strides[0][1] != 1):
-            owned.append(column_offsets(strides))
-            offsets_address = owned[-1].data_ptr()
+        if (offsets := gathered_columns(weight, layout)) is not None:
+            owned.append(offsets)
+            offsets_address = offsets.data_ptr()
         row_stride = weight.stride(layout.order[0])
         place = (weight.data_ptr(), layout.rows, layout.columns, row_stride, offsets_address)
         rows.append((*place, first, DTYPE_CODES[weight.dtype]))

@@ -72,6 +72,14 @@ def column_offsets(strides: Sequence[tuple[int, int]]) -> torch.Tensor:
     return offsets
 
 
+def gathered_columns(weight: torch.Tensor, layout: Layout) -> torch.Tensor | None:
+    """`column_offsets` where the elements of a row do not lie next to each other; else None."""
+    strides = column_strides(weight, layout)
+    if not strides or (len(strides) == 1 and strides[0][1] == 1):
+        return None
+    return column_offsets(strides)
+
+
 def select_matrices(
     weights: Iterable[torch.Tensor | None] | torch.Tensor,
 ) -> tuple[list[torch.Tensor | None], list[int]]:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foreshock.ops.health_scan.device_table import bind_launch, why_no_device
+from foreshock.ops._device import bind_launch, why_no_triton
 from foreshock.ops.rolling_zscore import state as rows
 from foreshock.ops.rolling_zscore.state import Settings, State
 
@@ -19,11 +19,7 @@ _IS_INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 def why_unavailable(device_type: str) -> str | None:
     """What keeps this implementation from tensors of a device; None if nothing does."""
-    if device_type == "cpu":
-        return None if _IS_INTERPRETED else "reads host memory only under TRITON_INTERPRET=1"
-    if device_type != "cuda":
-        return "reads the memory of CUDA devices only"
-    return "under TRITON_INTERPRET=1 reads host memory only" if _IS_INTERPRETED else why_no_device()
+    return why_no_triton(device_type, _IS_INTERPRETED)
 
 
 # Fixed: a search for better ones at run time would stall a first step.
