@@ -125,6 +125,14 @@ TABLES: dict[str, Callable[[], str]] = {
             ),
         ],
     ),
+    "spikes": lambda: a_table_a_case(
+        "spikes",
+        [
+            count("steps", "steps"),
+            count("alarms", "false alarms"),
+            number("per_10_000", "in 10 000 steps"),
+        ],
+    ),
     "rolling_zscore": lambda: a_table_a_case(
         "rolling_zscore",
         [

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from foreshock.guard.containers import copy_out
+from foreshock.host_read import read
 
 
 @runtime_checkable
@@ -139,7 +140,7 @@ def _all_zero(gradients: Mapping[str, torch.Tensor]) -> set[str]:
     zero: set[str] = set()
     for names in by_device.values():
         dense = [g._values() if g.is_sparse else g for g in map(gradients.__getitem__, names)]
-        has_value = torch.stack([g.any() for g in dense]).tolist()
+        has_value = read(torch.stack([g.any() for g in dense]))
         zero |= {name for name, has in zip(names, has_value, strict=True) if not has}
     return zero
 

@@ -234,7 +234,7 @@ class PowerIterator:
                 lanczos.advance(self._pass, state.vectors, self.stats.packed, columns, passes)
             elif chosen:
                 self._advance_some(chosen, passes)
-            if passes >= lanczos.PASSES:
+            if chosen and passes >= lanczos.PASSES:
                 self._note_started(chosen)
 
     def _advance_some(self, chosen: list[int], passes: int) -> None:
@@ -256,7 +256,7 @@ class PowerIterator:
         """Marks as warm what has met something; off the host that would have to be waited for."""
         started = set(chosen)
         if self.stats.packed.device.type == "cpu":
-            has_grown = (self.stats.growth > 0).tolist()
+            has_grown = self.stats.growth.numpy() > 0
             started = {m for m in chosen if has_grown[m] or self._matrices[m].numel() == 0}
         self.state.is_warm = tuple(w or m in started for m, w in enumerate(self.state.is_warm))
 
