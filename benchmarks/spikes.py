@@ -1,7 +1,7 @@
 """How often the spike rule alarms where nothing is wrong; see docs/monitor.md. No time, but a rate.
 
-The trace is real: the losses of a trained model on windows of its text, drawn at random into batches
-for a million steps in which nothing changes.
+The trace is real: the losses of a trained model on windows of its text, drawn at random into
+batches for a million steps in which nothing changes.
 """
 
 from __future__ import annotations
