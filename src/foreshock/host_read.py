@@ -21,3 +21,32 @@ def read(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
         tensor = tensor.cpu()
     array: np.ndarray[Any, Any] = tensor.numpy()
     return array
+
+
+class Later:
+    """A tensor's values as they are now, to be had when they have arrived in host memory.
+
+    Args:
+        tensor: copied at once on the CPU; elsewhere into pinned memory, behind what its device has
+            been given to do, without waiting for it.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        tensor = tensor.detach()
+        self._arrival: torch.cuda.Event | None = None
+        if tensor.device.type == "cuda":
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._arrival = torch.cuda.Event()
+            self._arrival.record(torch.cuda.current_stream(tensor.device))
+        else:
+            self._host = tensor.clone()
+
+    def get(self) -> np.ndarray[Any, Any]:
+        """The values.
+
+        Cost: waits for what the device was given before; a step later there is nothing to wait for.
+        """
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        return read(self._host)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -19,13 +20,14 @@ from foreshock.guard import (
     Event,
     Guard,
     RolledBack,
+    Seen,
     Stateful,
     StepGate,
     Verdict,
     Watch,
     make_source,
 )
-from foreshock.guard.clipping import as_max_norm, refuse_nonfinite
+from foreshock.guard.clipping import NonfiniteNorm, as_max_norm
 from foreshock.host_read import read
 from foreshock.journal import Journal
 from foreshock.noise_watch import NoiseWatch
@@ -157,7 +159,7 @@ class Monitor:
         self._gate = StepGate(
             optimizer,
             self._watch.learning_rate,
-            self._watch.take_clip_factor,
+            self._watch.scaled,
             self._admit,
             self._note_call,
         )
@@ -247,13 +249,13 @@ class Monitor:
             raise ValueError(f"norm_type is {norm_type!r}; accepted: 2 and inf")
         begun = self._journal.begin()
         try:
-            norm = self._safely(lambda: self._watch.gradient_norm(norm_type), None)
-            if norm is None:
-                return torch.nn.utils.clip_grad_norm_(
-                    self._watch.parameters, limit, norm_type, error_if_nonfinite, foreach
-                )
-            refuse_nonfinite(norm, norm_type, error_if_nonfinite)
-            return self._watch.clip(norm, limit)
+            clip = functools.partial(self._watch.clip, limit, norm_type, error_if_nonfinite)
+            norm = self._safely(clip, None)
+            if norm is not None:
+                return norm
+            return torch.nn.utils.clip_grad_norm_(
+                self._watch.parameters, limit, norm_type, error_if_nonfinite, foreach
+            )
         finally:
             self._journal.end(begun)
 
@@ -282,11 +284,14 @@ class Monitor:
         self._journal.steps_run += 1
         is_unstable = self._risk is not None and self._risk.look()
         verdict = self._watch.judge(loss, is_unstable=is_unstable)
+        seen = self._watch.seen
+        if seen is None:
+            return verdict
         if self._noise is not None:
-            self._noise.note_step(loss, self._watch.last_finding.norm)
+            self._noise.note_step(seen.loss, seen.finding.norm)
         is_burst = self._risk is not None and self._risk.calls_for_telemetry
-        if is_burst or verdict.step % self._settings.telemetry_interval == 0:
-            self._record_telemetry(verdict.step, loss)
+        if is_burst or seen.step % self._settings.telemetry_interval == 0:
+            self._record_telemetry(seen)
         return verdict
 
     def finalize(self) -> dict[str, Any]:
@@ -324,6 +329,8 @@ class Monitor:
         """In observe mode, a fault of our own is logged once and does not reach the training."""
         try:
             return work()
+        except NonfiniteNorm:
+            raise
         except Exception:
             if self._guard.mode != "observe":
                 raise
@@ -394,13 +401,13 @@ class Monitor:
             self._journal.flush(_FLUSH_TIMEOUT_S)
             self._write_summary()
 
-    def _record_telemetry(self, step: int, loss: float) -> None:
+    def _record_telemetry(self, seen: Seen) -> None:
         rate = self._optimizer.param_groups[0].get("lr")
         factor = self._watch.learning_rate.factor
         self._journal.record_telemetry(
-            step,
-            train_loss=loss,
-            grad_norm=self._watch.last_finding.finite_norm,
+            seen.step,
+            train_loss=seen.loss,
+            grad_norm=seen.finding.finite_norm,
             learning_rate=None if rate is None else float(rate) * factor,
             loss_z=self._watch.spikes.loss_z,
             grad_norm_z=self._watch.spikes.grad_norm_z,

@@ -45,10 +45,10 @@ def test_a_snapshot_is_verified_then_known_good_after_clean_steps() -> None:
     ring = Ring(clean_steps=2)
     ring.take(0)
     assert ring.standings == {0: Standing.VERIFIED}
-    ring.note_clean_step()
+    ring.note_clean_step(10**9)
     assert ring.standings == {0: Standing.VERIFIED}
     assert ring.newest_good(99) is None
-    ring.note_clean_step()
+    ring.note_clean_step(10**9)
     assert ring.standings == {0: Standing.KNOWN_GOOD}
     assert ring.newest_good(99) is ring.entries[0]
 
@@ -62,10 +62,10 @@ def test_without_clean_steps_asked_for_it_is_good_at_once() -> None:
 def test_trap_17_the_newest_snapshot_is_not_restored_before_it_is_proven() -> None:
     ring = Ring(clean_steps=2)
     ring.take(0)
-    ring.note_clean_step()
-    ring.note_clean_step()
+    ring.note_clean_step(10**9)
+    ring.note_clean_step(10**9)
     ring.take(2)
-    ring.note_clean_step()
+    ring.note_clean_step(10**9)
     found = ring.newest_good(3)
     assert found is not None
     assert found.step == 0
@@ -164,14 +164,14 @@ def test_a_snapshot_of_the_same_step_is_replaced() -> None:
 def test_the_oldest_makes_room_for_a_proven_one_only() -> None:
     ring = Ring(depth=1, clean_steps=2)
     ring.take(0)
-    ring.note_clean_step()
-    ring.note_clean_step()
+    ring.note_clean_step(10**9)
+    ring.note_clean_step(10**9)
     ring.take(2)
     assert [entry.step for entry in ring.entries] == [0, 2]
     assert not ring.has_room
-    ring.note_clean_step()
+    ring.note_clean_step(10**9)
     assert [entry.step for entry in ring.entries] == [0, 2]
-    ring.note_clean_step()
+    ring.note_clean_step(10**9)
     assert [entry.step for entry in ring.entries] == [2]
     assert ring.has_room
 
@@ -186,7 +186,7 @@ def test_memory_is_bounded_however_slowly_snapshots_are_proven(
         if ring.has_room:
             ring.take(step)
         assert len(ring.entries) <= depth + 1
-        ring.note_clean_step()
+        ring.note_clean_step(10**9)
         if step > 2 * clean_steps:
             assert ring.newest_good(step) is not None
     assert ring.entries[-1].step > 40

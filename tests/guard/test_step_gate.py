@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import math
@@ -16,6 +17,7 @@ from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, RMSprop
 from torch.optim.lr_scheduler import LambdaLR
 
 from foreshock.guard import LearningRateBackoff, StepGate
+from foreshock.guard.clipping import divisor_of, scaled_in_step
 from tests.monitor.training import same
 
 Make = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
@@ -45,9 +47,13 @@ class Door:
         self.closures: list[bool] = []
         self.passed: list[bool] = []
         self.learning_rate = LearningRateBackoff(0.5, 10)
+        self.optimizer = optimizer
         self.gate = StepGate(
-            optimizer, self.learning_rate, lambda: self.clip_factor, self._admit, self.passed.append
+            optimizer, self.learning_rate, self._scaled, self._admit, self.passed.append
         )
+
+    def _scaled(self) -> contextlib.AbstractContextManager[None]:
+        return scaled_in_step(self.optimizer, divisor_of(self.clip_factor))
 
     def _admit(self, has_closure: bool) -> bool:
         self.closures.append(has_closure)

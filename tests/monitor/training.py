@@ -16,7 +16,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
 import foreshock as fs
-from foreshock.guard.clipping import clip_factor, is_fused, scale_gradients, scaled_in_step
+from foreshock.guard.clipping import (
+    clip_factor,
+    divisor_of,
+    is_fused,
+    scale_gradients,
+    scaled_in_step,
+)
 from foreshock.records import read_telemetry
 
 FEATURES, WIDTH, CLASSES, SAMPLES, BATCH = 6, 8, 3, 48, 8
@@ -128,7 +134,7 @@ def judge(run: Run, loss: Tensor, monitor: fs.Monitor | None) -> bool:
 
 def update(run: Run, monitor: fs.Monitor | None) -> None:
     if monitor is None and is_fused(run.optimizer) and run.clip_factor != 1:
-        with scaled_in_step(run.optimizer, run.clip_factor):
+        with scaled_in_step(run.optimizer, divisor_of(run.clip_factor)):
             run.optimizer.step()
     else:
         run.optimizer.step()

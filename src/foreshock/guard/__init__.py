@@ -35,7 +35,7 @@ from foreshock.guard.state import (
     named_parameters,
 )
 from foreshock.guard.step_gate import StepGate
-from foreshock.guard.watch import Watch
+from foreshock.guard.watch import Seen, Watch
 
 __all__ = [
     "RESERVED_NAMES",
@@ -64,6 +64,7 @@ __all__ = [
     "RiskAnswered",
     "RiskLevelChanged",
     "RolledBack",
+    "Seen",
     "Signs",
     "Snapshot",
     "SnapshotDropped",

@@ -81,10 +81,14 @@ def norm_of(finding: Finding, norm_type: float) -> float:
     return math.inf if finding.inf else finding.absmax
 
 
+class NonfiniteNorm(RuntimeError):
+    """What `error_if_nonfinite` asks for."""
+
+
 def refuse_nonfinite(norm: float, norm_type: float, error_if_nonfinite: bool) -> None:
     """Raises the error that torch raises, if it is wanted."""
     if error_if_nonfinite and not math.isfinite(norm):
-        raise RuntimeError(
+        raise NonfiniteNorm(
             f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, "
             "so it cannot be clipped; pass error_if_nonfinite=False to scale by it all the same"
         )
@@ -132,25 +136,46 @@ def is_fused(optimizer: torch.optim.Optimizer) -> bool:
     return bool(supports) and all(group.get("fused") for group in optimizer.param_groups)
 
 
+def divisor_of(factor: float) -> torch.Tensor | None:
+    """() what a fused optimizer is to divide by for this factor; None for 1."""
+    if factor == 1.0:
+        return None
+    return torch.tensor(1.0 / factor if factor else math.inf)
+
+
 @contextlib.contextmanager
-def scaled_in_step(optimizer: torch.optim.Optimizer, factor: float) -> Iterator[None]:
-    """Has a fused optimizer multiply the gradients as it reads them, while one update runs.
+def scaled_in_step(
+    optimizer: torch.optim.Optimizer,
+    divisor: torch.Tensor | None,
+    found_inf: torch.Tensor | None = None,
+) -> Iterator[None]:
+    """Has a fused optimizer scale its gradients as it reads them, or leave everything as it is.
 
-    A GradScaler that is stepping has put its own scale there: then both count.
+    A GradScaler that is stepping has put a scale and a verdict of its own there: both count.
 
+    Args:
+        optimizer: for which `is_fused` is true.
+        divisor: () float32; None: as they are.
+        found_inf: () float32, on the device of the parameters: 1 withholds the update, bit for bit.
     Cost:
         No pass of its own over the gradients; the optimizer writes them back scaled.
     """
-    divisor = torch.tensor(1.0 / factor if factor else math.inf)
-    had_own, own = "grad_scale" in vars(optimizer), vars(optimizer).get("grad_scale")
-    optimizer.grad_scale = divisor if own is None else own * divisor.to(own.device)  # type: ignore[attr-defined]
+    attributes = vars(optimizer)
+    names = ("grad_scale", "found_inf")
+    kept = {name: attributes[name] for name in names if name in attributes}
+    scale, found = (kept.get(name) for name in names)
+    if divisor is not None:
+        attributes["grad_scale"] = divisor if scale is None else scale * divisor.to(scale.device)
+    if found_inf is not None:
+        attributes["found_inf"] = (
+            found_inf if found is None else torch.maximum(found, found_inf.to(found.device))
+        )
     try:
         yield
     finally:
-        if had_own:
-            optimizer.grad_scale = own  # type: ignore[attr-defined]
-        else:
-            del optimizer.grad_scale  # type: ignore[attr-defined]
+        for name in names:
+            attributes.pop(name, None)
+        attributes.update(kept)
 
 
 def _is_distributed(tensor: torch.Tensor | None) -> bool:

@@ -135,15 +135,20 @@ class History:
         """
         return self.ring.newest_good(step - self._guard.min_depth)
 
-    def return_to(self, snapshot: Snapshot) -> None:
+    def return_to(self, snapshot: Snapshot, fetched_since: int = 0) -> None:
         """Puts the state back at once, and sees to it that `rewind` goes back too.
 
         Gradients are left alone until then: the training loop may still look at them.
+
+        Args:
+            snapshot: of this run.
+            fetched_since: batches that were fetched after that of the failing step.
         """
         self.ring.restore(snapshot, without=frozenset({_GRADIENTS}))
         if self.source is not None and snapshot.step in self._places:
-            # The index of the failing batch is one behind; to be left out from now on.
-            self.source.leave_out(self.source.index - 1, self._guard.skip_batches)
+            # The index of the batch fetched last is one behind; to be left out from now on.
+            failing = self.source.index - 1 - fetched_since
+            self.source.leave_out(failing, self._guard.skip_batches)
             self._returning_to = snapshot
 
     @property

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from foreshock.guard.events import Offender
-from foreshock.host_read import read
+from foreshock.host_read import Later, read
 from foreshock.ops import HealthScanner, HealthStats, health_scan
 
 Kind = Literal["parameter", "buffer", "gradient"]
@@ -76,6 +76,10 @@ class Finding(NamedTuple):
         return math.inf if self.inf else math.sqrt(self.sumsq)
 
 
+Packed = list[tuple[list[int], Any]]
+"""For each device the places of its tensors, and the packed result of their scan."""
+
+
 class Inspector:
     """Scans the tensors that stand under fixed names, whatever devices they are on.
 
@@ -96,6 +100,24 @@ class Inspector:
 
         Cost: one read, a launch or two and one synchronisation per device.
         """
+        self._scan_present()
+        return _total([read(stats.packed) for _, stats in self._found])
+
+    def inspect_later(self) -> Inspection:
+        """Scans the tensors as they are now, and does not wait for what is found.
+
+        Cost: one read, a launch or two and a small copy per device.
+        """
+        self._scan_present()
+        return Inspection(self._kinds, self._found)
+
+    def find_offender(self) -> Offender | None:
+        """The first tensor of the last inspection that is not finite."""
+        return _first_offender(
+            self._kinds, [(where, read(stats.packed)) for where, stats in self._found]
+        )
+
+    def _scan_present(self) -> None:
         tensors = self._get()
         if not self._is_readable_as_is:
             tensors = [readable(t) for t in tensors]
@@ -107,7 +129,6 @@ class Inspector:
             self._is_readable_as_is = all(map(operator.is_, dense, tensors))
             self._groups = _group_by_device(dense)
             self._scan(dense)
-        return _total([stats for _, stats in self._found])
 
     def _scan(self, tensors: Tensors) -> None:
         if not self._groups:
@@ -120,18 +141,65 @@ class Inspector:
                 (where, scanner([tensors[i] for i in where])) for where, scanner in self._groups
             ]
 
+
+class Inspection:
+    """What an inspection found, on its way to the host; on the device it can be used at once."""
+
+    def __init__(
+        self, kinds: Sequence[tuple[str, Kind]], found: Sequence[tuple[list[int], HealthStats]]
+    ) -> None:
+        self._kinds = kinds
+        self._copies = [(where, Later(stats.packed)) for where, stats in found]
+        self._packed = [stats.packed for _, stats in found]
+        self._totals = _totals_on_device(self._packed)
+
+    @property
+    def is_bad(self) -> torch.Tensor:
+        """() bool, on the first tensor's device: whether any element is NaN or infinite."""
+        nan, inf = self._totals[:2]
+        return nan + inf > 0
+
+    def norm(self, norm_type: float) -> torch.Tensor:
+        """() float64, on the first tensor's device: NaN if an element is, else inf if one is."""
+        nan, inf, sumsq, absmax = self._totals
+        finite = sumsq.sqrt() if norm_type == 2.0 else absmax
+        return torch.where(nan > 0, torch.nan, torch.where(inf > 0, torch.inf, finite))
+
+    def read(self) -> Finding:
+        """All of it, on the host."""
+        return _total([copy.get() for _, copy in self._copies])
+
     def find_offender(self) -> Offender | None:
-        """The first tensor of the last inspection that is not finite."""
-        bad: dict[int, tuple[int, int, int]] = {}
-        for where, stats in self._found:
-            counts = read(stats.packed).view(np.int64)[:, :3].tolist()
-            bad |= {i: (n, m, k) for i, (k, n, m) in zip(where, counts, strict=True) if n or m}
-        if not bad:
-            return None
-        first = min(bad)
-        name, kind = self._kinds[first]
-        nan, inf, numel = bad[first]
-        return Offender(kind, name, nan, inf, numel)
+        """The first tensor that is not finite."""
+        return _first_offender(self._kinds, [(where, copy.get()) for where, copy in self._copies])
+
+
+def _totals_on_device(
+    packed: Sequence[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """() NaN, infinities, sum of squares and largest magnitude of all, float64."""
+    device = packed[0].device
+    counts = torch.stack(
+        [p.view(torch.int64)[:, 1:3].sum(0).to(device, non_blocking=True) for p in packed]
+    ).sum(0)
+    sumsq = torch.stack([p[:, 5].sum().to(device, non_blocking=True) for p in packed]).sum()
+    none = torch.zeros(1, dtype=torch.float64, device=device)
+    absmax = torch.cat([none, *(p[:, 3].to(device, non_blocking=True) for p in packed)]).amax()
+    nan, inf = counts.double().unbind()
+    return nan, inf, sumsq, absmax
+
+
+def _first_offender(kinds: Sequence[tuple[str, Kind]], found: Packed) -> Offender | None:
+    bad: dict[int, tuple[int, int, int]] = {}
+    for where, values in found:
+        counts = values.view(np.int64)[:, :3].tolist()
+        bad |= {i: (n, m, k) for i, (k, n, m) in zip(where, counts, strict=True) if n or m}
+    if not bad:
+        return None
+    first = min(bad)
+    name, kind = kinds[first]
+    nan, inf, numel = bad[first]
+    return Offender(kind, name, nan, inf, numel)
 
 
 def _group_by_device(tensors: Tensors) -> list[tuple[list[int], HealthScanner]]:
@@ -145,12 +213,11 @@ def _group_by_device(tensors: Tensors) -> list[tuple[list[int], HealthScanner]]:
     return [(where, HealthScanner([tensors[i] for i in where])) for where in groups]
 
 
-def _total(found: Sequence[HealthStats]) -> Finding:
+def _total(found: Sequence[Any]) -> Finding:
     nan = inf = 0
     sumsq = absmax = 0.0
-    for stats in found:
+    for values in found:
         # One transfer, and NumPy's sums: a tenth of the time of PyTorch's on so few numbers.
-        values = read(stats.packed)
         if not len(values):
             continue
         more_nan, more_inf = np.add.reduce(values.view(np.int64)[:, 1:3]).tolist()

@@ -143,11 +143,16 @@ class SnapshotRing:
             )
         return [path for path in nonfinite if path not in self._meant_nonfinite]
 
-    def note_clean_step(self) -> None:
-        """A step was run and nothing was wrong with it."""
+    def note_clean_step(self, step: int) -> None:
+        """A step was run and nothing was wrong with it.
+
+        Args:
+            step: which; it says nothing of a snapshot that was taken after it.
+        """
         for snapshot in self._ring:
-            snapshot.clean_steps += 1
-            self._promote(snapshot)
+            if snapshot.step <= step:
+                snapshot.clean_steps += 1
+                self._promote(snapshot)
         self._make_room()
 
     def _promote(self, snapshot: Snapshot) -> None:

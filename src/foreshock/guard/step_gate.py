@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from foreshock.guard.clipping import scaled_in_step
 from foreshock.guard.learning_rate import LearningRateBackoff
 
 
@@ -25,7 +24,7 @@ class StepGate:
         optimizer: whose step is wrapped, as an attribute of the object, in front of whatever a
             scheduler or another tool has put there.
         learning_rate: in force on the updates that run.
-        clip_factor: asked for what the gradients of an update are still to be multiplied by.
+        scaled: asked, before each step that runs, for what is to be in force while it does.
         admits: called before each step with whether it has a closure; the step runs if it is true.
         passed: called after each call of step with whether it ran.
     """
@@ -34,13 +33,13 @@ class StepGate:
         self,
         optimizer: torch.optim.Optimizer,
         learning_rate: LearningRateBackoff,
-        clip_factor: Callable[[], float],
+        scaled: Callable[[], contextlib.AbstractContextManager[None]],
         admits: Callable[[bool], bool],
         passed: Callable[[bool], None],
     ) -> None:
         self._optimizer = optimizer
         self._learning_rate = learning_rate
-        self._clip_factor = clip_factor
+        self._scaled = scaled
         self._admits = admits
         self._passed = passed
         self._is_removed = False
@@ -66,9 +65,7 @@ class StepGate:
             with contextlib.ExitStack() as during:
                 if self._learning_rate.factor != 1.0:
                     during.enter_context(self._learning_rate.applied_to(self._optimizer))
-                clip_factor = self._clip_factor()
-                if clip_factor != 1.0:
-                    during.enter_context(scaled_in_step(self._optimizer, clip_factor))
+                during.enter_context(self._scaled())
                 result = self._inner(*given, **kwargs)
         self._passed(is_admitted)
         return result

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 
 from foreshock.guard.clipping import (
     clip_factor,
+    divisor_of,
     is_fused,
     norm_like_torchs,
     norm_of,
+    refuse_nonfinite,
     scale_gradients,
+    scaled_in_step,
 )
 from foreshock.guard.configuration import Guard
 from foreshock.guard.events import (
@@ -21,6 +26,7 @@ from foreshock.guard.events import (
     Action,
     AnomalySeen,
     Event,
+    Offender,
     Reason,
     Recovered,
     RolledBack,
@@ -63,6 +69,15 @@ class _Step:
         return self.was_updated or self.was_withheld
 
 
+class Seen(NamedTuple):
+    """The numbers of a step."""
+
+    step: int
+    loss: float
+    finding: Finding
+    """In its gradients, before they were clipped."""
+
+
 class Watch:
     """Follows a run through its steps, withholds updates, and returns to good state.
 
@@ -100,8 +115,8 @@ class Watch:
         """The step that is being run; between steps, the one that comes next."""
         self.last_loss: float | None = None
         """Loss of the last clean step."""
-        self.last_finding = Finding()
-        """In the gradients of the step that was judged last."""
+        self.seen: Seen | None = None
+        """What the last step that there is a verdict on has shown."""
         self.stopped: Verdict | None = None
         """The verdict that ended training."""
         self._current = _Step()
@@ -145,23 +160,23 @@ class Watch:
                 self._policy.note_update(is_bad=verdict.action is Action.SKIP)
             self._has_been_stepped |= now.was_stepped
             if verdict.action is Action.CONTINUE:
-                self._note_clean_step(now.was_stepped)
+                self._note_clean_step(self.step, now.was_stepped)
         self._is_within_accumulation = not now.was_stepped
         self._current = _Step()
         self.step += 1
         if self.history.source is None:
             self.history.take_if_due(self.step)
 
-    def _note_clean_step(self, was_stepped: bool) -> None:
+    def _note_clean_step(self, step: int, was_stepped: bool) -> None:
         if was_stepped or not self._has_been_stepped:
             # A step within a gradient accumulation proves nothing of the optimizer's state.
-            self.history.ring.note_clean_step()
+            self.history.ring.note_clean_step(step)
         self.history.is_requested |= self._wants_snapshot
         self._wants_snapshot = False
-        self._note_passed()
+        self._note_passed(step)
 
-    def _note_passed(self) -> None:
-        if self._failed_step is not None and self.step >= self._failed_step:
+    def _note_passed(self, step: int) -> None:
+        if self._failed_step is not None and step >= self._failed_step:
             self._record(Recovered(self._failed_step))
             self._policy.note_recovery()
             self._failed_step = None
@@ -213,47 +228,55 @@ class Watch:
             self._record_skip()
             self._current = _Step()
         else:
-            self._note_passed()
+            self._note_passed(self.step)
 
     def _judge(self, loss: float | None, is_unstable: bool = False) -> Verdict:
         now = self._current
         is_of_this_update = now.was_stepped and now.verdict is None
-        finding = self.last_finding = self._known_finding(even_if_changed=is_of_this_update)
+        finding = self._known_finding(even_if_changed=is_of_this_update)
         is_normal = loss is not None and loss <= self._guard.violation_threshold
         has_bad_weights = self._are_weights_bad(finding.has_nonfinite or not is_normal)
-        spikes = () if loss is None or now.has_scores else self._find_spikes(loss, finding)
+        spikes: tuple[Reason, ...] = ()
+        if loss is not None:
+            self.seen = Seen(self.step, loss, finding)
+            if not now.has_scores:
+                now.has_scores = True
+                spikes = self._find_spikes(self.seen)
         signs = Signs(loss, finding.has_nonfinite, has_bad_weights, is_unstable, spikes)
         verdict = self._decide(signs)
         if verdict.action is Action.CONTINUE and loss is not None:
             self.last_loss = loss
         return verdict
 
-    def _find_spikes(self, loss: float, finding: Finding) -> tuple[Reason, ...]:
+    def _find_spikes(self, seen: Seen) -> tuple[Reason, ...]:
         """Those to be acted on; others are only recorded."""
-        self._current.has_scores = True
-        spikes = self.spikes.update(loss, finding.norm)
+        spikes = self.spikes.update(seen.loss, seen.finding.norm)
         if spikes and self._guard.spike_response == "log":
-            self._record(AnomalySeen(self.step, Action.SKIP, spikes, None))
+            self._record(AnomalySeen(seen.step, Action.SKIP, spikes, None))
             return ()
         return spikes
 
     def _decide(self, signs: Signs) -> Verdict:
-        decision = self._policy.decide(signs, self._can_roll_back)
-        action, offender = decision.action, None
-        if action is not Action.CONTINUE:
-            inspector = self._weights if signs.has_nonfinite_weights else self._gradients
-            offender = inspector.find_offender()
-        must_stop = action is Action.ABORT and self._guard.mode != "observe"
-        verdict = Verdict(self.step, action, decision.reasons, offender, not must_stop)
+        inspected = self._weights if signs.has_nonfinite_weights else self._gradients
+        verdict = self._verdict_on(self.step, signs, inspected.find_offender)
         self._current.verdict = verdict
         self._current.is_recorded = False
         self._act(verdict)
         return verdict
 
-    def _can_roll_back(self) -> bool:
+    def _verdict_on(
+        self, step: int, signs: Signs, find_offender: Callable[[], Offender | None]
+    ) -> Verdict:
+        decision = self._policy.decide(signs, lambda: self._can_roll_back(step))
+        action = decision.action
+        offender = None if action is Action.CONTINUE else find_offender()
+        must_stop = action is Action.ABORT and self._guard.mode != "observe"
+        return Verdict(step, action, decision.reasons, offender, not must_stop)
+
+    def _can_roll_back(self, step: int) -> bool:
         if self._guard.mode == "observe":
             return True  # recover mode would have had a snapshot
-        self._good = self.history.find_good(self.step)
+        self._good = self.history.find_good(step)
         return self._good is not None
 
     def _are_weights_bad(self, must_look: bool) -> bool:
@@ -279,9 +302,9 @@ class Watch:
     def _roll_back(self, verdict: Verdict) -> None:
         assert self._good is not None  # the policy has asked
         snapshot, self._good = self._good, None
-        self.history.return_to(snapshot)
+        self.history.return_to(snapshot, fetched_since=self.step - verdict.step)
         factor = self.learning_rate.back_off()
-        self._failed_step = max(self.step, self._failed_step or 0)
+        self._failed_step = max(verdict.step, self._failed_step or 0)
         seen = (verdict.reasons, verdict.offender)
         self._record(RolledBack(verdict.step, snapshot.step, *seen, factor))
 
@@ -348,19 +371,17 @@ class Watch:
 
     # ---- the gradients
 
-    def gradient_norm(self, norm_type: float) -> float:
-        """Norm of the gradients, scanned as they are now, and clipped as they are to be."""
-        norm = norm_of(self.scan_gradients(), norm_type)
-        if self._clip_mark != self._look_at_gradients():
-            self._clip_factor = 1.0  # of gradients that no update has taken
-        return self._clip_factor * norm
-
-    def clip(self, norm: float, max_norm: float) -> torch.Tensor:
-        """Clips gradients of this norm as `clip_grad_norm_` does, or has the optimizer do so.
+    def clip(self, max_norm: float, norm_type: float, error_if_nonfinite: bool) -> torch.Tensor:
+        """Clips the gradients as `clip_grad_norm_` does, or has the optimizer do so.
 
         A fused optimizer of torch multiplies them as it reads them in its step; until then they
         are as they were. Only if it has all that there is to be clipped.
         """
+        norm = norm_of(self.scan_gradients(), norm_type)
+        if self._clip_mark != self._look_at_gradients():
+            self._clip_factor = 1.0  # of gradients that no update has taken
+        norm *= self._clip_factor
+        refuse_nonfinite(norm, norm_type, error_if_nonfinite)
         factor = clip_factor(norm, max_norm)
         if self._can_ride():
             self._clip_factor *= factor
@@ -376,14 +397,18 @@ class Watch:
             return False
         return all(p.grad is None for p in self._not_optimized)
 
-    def take_clip_factor(self) -> float:
-        """What the update that begins is to multiply the gradients by; it counts as done."""
+    def scaled(self) -> contextlib.AbstractContextManager[None]:
+        """What is in force while the update that begins is made."""
         self._is_updating = True
         factor, self._clip_factor = self._clip_factor, 1.0
+        if factor == 1.0 or not self._is_as_clipped():
+            return contextlib.nullcontext()
+        return scaled_in_step(self._optimizer, divisor_of(factor))
+
+    def _is_as_clipped(self) -> bool:
+        """Gradients that were added to since then are still the ones that were to be clipped."""
         mark, now = self._clip_mark, self._look_at_gradients()
-        # Gradients that were added to since then are still the ones that were to be clipped.
-        is_same = mark is not None and now is not None and mark[0] == now[0] and mark[1] <= now[1]
-        return factor if is_same else 1.0
+        return mark is not None and now is not None and mark[0] == now[0] and mark[1] <= now[1]
 
     def scan_gradients(self) -> Finding:
         """Scans the gradients as they are now."""
