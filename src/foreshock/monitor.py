@@ -19,12 +19,14 @@ from foreshock.guard import (
     BatchSource,
     Event,
     Guard,
+    LaggingWatch,
     RolledBack,
     Seen,
     Stateful,
     StepGate,
     Verdict,
     Watch,
+    can_lag,
     make_source,
 )
 from foreshock.guard.clipping import NonfiniteNorm, as_max_norm
@@ -43,6 +45,9 @@ _log = logging.getLogger("foreshock")
 T = TypeVar("T")
 
 _FLUSH_TIMEOUT_S = 2.0
+_LAGGING_DEVICE = "cuda"
+"""On which the host does not wait for what a step has shown; on the CPU there is nothing to wait
+for."""
 
 
 class MonitorSettings(Settings):
@@ -108,6 +113,8 @@ class Monitor:
         telemetry_interval: steps between telemetry records.
         spectral_enabled: whether the spectra of the weight matrices are followed.
         spectral_interval: steps between looks at them.
+        sync: whether the verdict is always that of the present step. On a CUDA device it is that of
+            the step before where the optimizer is fused, or the guard only observes.
         more: the other fields of `MonitorSettings`; one that is unknown is answered with the
             nearest that there is.
     Raises:
@@ -130,6 +137,7 @@ class Monitor:
         telemetry_interval: int = 10,
         spectral_enabled: bool = True,
         spectral_interval: int = 50,
+        sync: bool = False,
         **more: Any,
     ) -> None:
         _require(isinstance(model, torch.nn.Module), "model", model, "a torch.nn.Module")
@@ -151,7 +159,9 @@ class Monitor:
         self._noise = self._make_noise()
         if self._noise is not None:
             state["noise"] = self._noise
-        self._watch = Watch(model, optimizer, state, self._guard, self._record)
+        lags = not sync and can_lag(model, optimizer, self._guard, _LAGGING_DEVICE)
+        watch = LaggingWatch if lags else Watch
+        self._watch = watch(model, optimizer, state, self._guard, self._record)
         self._risk = None if spectra is None else self._make_risk(spectra)
         self._journal = Journal(out_dir, self._config(spectra))
         self._summary: dict[str, Any] | None = None
@@ -192,6 +202,7 @@ class Monitor:
             self._guard,
             warmup=given.spectral_warmup,
             settling=given.spectral.span or given.spectral.window,
+            lags=isinstance(self._watch, LaggingWatch),
             may_act=given.spectral_response == "act",
             record=self._record,
         )
@@ -271,21 +282,26 @@ class Monitor:
         """
         begun = self._journal.begin()
         try:
-            value = _as_number(loss, "loss")
+            value = loss if self._lags(loss) else _as_number(loss, "loss")
             return self._safely(lambda: self._judge(value), Verdict(self._watch.step))
         finally:
             self._journal.end(begun)
 
-    def _judge(self, loss: float) -> Verdict:
+    def _lags(self, loss: torch.Tensor | float) -> bool:
+        is_tensor = isinstance(loss, torch.Tensor) and loss.numel() == 1 and not loss.is_complex()
+        return is_tensor and isinstance(self._watch, LaggingWatch)
+
+    def _judge(self, loss: Any) -> Verdict:
         if self._watch.stopped is not None:
             return self._watch.stopped
         if self._summary is not None:
             return Verdict(self._watch.step)
         self._journal.steps_run += 1
         is_unstable = self._risk is not None and self._risk.look()
+        before = self._watch.seen
         verdict = self._watch.judge(loss, is_unstable=is_unstable)
         seen = self._watch.seen
-        if seen is None:
+        if seen is None or seen is before:
             return verdict
         if self._noise is not None:
             self._noise.note_step(seen.loss, seen.finding.norm)
@@ -303,7 +319,7 @@ class Monitor:
             self._safely(self._watch.leave_loop, None)
             self._safely(self._watch.check_end, None)
             if self._risk is not None:
-                self._own(self._risk.observe)
+                self._own(self._risk.look_once_more)
             self._gate.remove()
             self._journal.close()
             self._summary = self._write_summary()

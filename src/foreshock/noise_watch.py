@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from foreshock.host_read import read
+from foreshock.host_read import Later
 from foreshock.signals import FingerprintSettings, NoiseFingerprint, update_alignment
 
 _log = logging.getLogger("foreshock")
@@ -39,10 +39,12 @@ class NoiseWatch:
         self._fingerprint = NoiseFingerprint(settings)
         self._interval = alignment_interval
         self._before: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._found: Later | None = None
         self._is_broken = False
 
     def note_step(self, loss: float, grad_norm: float) -> None:
         """A step was judged."""
+        self._safely(self._take_in_update)
         self._safely(lambda: self._fingerprint.update(time.monotonic(), loss, grad_norm))
 
     def note_update_begins(self, step: int) -> None:
@@ -88,9 +90,13 @@ class NoiseWatch:
     def _look_at_update(self) -> None:
         after, before = zip(*self._before, strict=True)
         found = update_alignment(before, after, [p.grad for p in after])
-        numbers = torch.stack([found.grad_norm, found.step_norm, found.cosine])
-        grad_norm, step_norm, cosine = read(numbers).tolist()
-        self._fingerprint.note_update(grad_norm, step_norm, cosine)
+        self._found = Later(torch.stack([found.grad_norm, found.step_norm, found.cosine]))
+
+    def _take_in_update(self) -> None:
+        """At the next step, so as not to wait for the device."""
+        found, self._found = self._found, None
+        if found is not None:
+            self._fingerprint.note_update(*found.get().tolist())
 
     def _safely(self, work: Callable[[], object]) -> None:
         if self._is_broken:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from foreshock.guard import (
     Event,
@@ -19,6 +19,8 @@ from foreshock.signals import RiskLevel, SpectralObservation, SpectralReading, S
 
 _log = logging.getLogger("foreshock")
 
+T = TypeVar("T")
+
 
 class SpectralRisk:
     """Looks at the spectra when it is time to, and answers a level that has risen.
@@ -30,6 +32,7 @@ class SpectralRisk:
         warmup: first steps in which no level is answered.
         settling: steps after a rollback in which none is: the other learning rate bends the course
             of the spectra, and would be answered by one more rollback.
+        lags: whether a look is read at the next step, so as not to wait for the device.
         may_act: whether answers are more than records.
         record: told of each event.
     """
@@ -41,6 +44,7 @@ class SpectralRisk:
         guard: Guard,
         warmup: int,
         settling: int,
+        lags: bool,
         may_act: bool,
         record: Callable[[Event], None],
     ) -> None:
@@ -48,6 +52,7 @@ class SpectralRisk:
         self._watch = watch
         self._quiet_until = warmup
         self._settling = settling
+        self._lags = lags
         self._acts = may_act and guard.mode != "observe"
         self._takes_snapshots = self._acts and guard.mode == "recover"
         self._record = record
@@ -61,40 +66,64 @@ class SpectralRisk:
         return self._spectra.level >= RiskLevel.WARNING
 
     def look(self) -> bool:
-        """Looks if it is time to, and answers; true: the state is to be rolled back.
+        """Looks if it is time to, and answers what was seen; true: the state is to be rolled back.
 
         Cost: that of `SpectralWatch.observe`, if it is time.
         """
-        step = self._watch.step
-        if self._is_broken or not self._spectra.is_due(step):
+        if self._is_broken:
             return False
+        if self._lags:
+            is_unstable = self._answer_what_is_seen()
+            self._safely(self._begin_if_due)
+            return is_unstable
+        self._safely(self._begin_if_due)
+        return self._answer_what_is_seen()
+
+    def look_once_more(self) -> None:
+        """At the end of a run, whether it is time to or not."""
+        self._safely(self._spectra.collect)
+        if self._spectra.names:
+            self._safely(self._begin)
+            self._answer_what_is_seen()
+
+    def _begin_if_due(self) -> None:
+        if self._spectra.is_due(self._watch.step):
+            self._begin()
+
+    def _begin(self) -> None:
+        self._spectra.begin(self._watch.step, is_stepped=self._watch.was_stepped)
+
+    def _answer_what_is_seen(self) -> bool:
         before = self._spectra.level
-        reading = self.observe()
-        if reading is None or reading.level is before:
+        seen = self._safely(self._spectra.collect)
+        if seen is None:
+            return False
+        self._seen = seen
+        reading = seen.reading
+        if reading.level is before:
             return False
         measured = (reading.kappa, reading.slope, reading.volatility)
-        self._record(RiskLevelChanged(step, reading.level, before, *measured, _worst(reading)))
-        if reading.level < before or step < self._quiet_until:
+        changed = (reading.step, reading.level, before, *measured, _worst(reading))
+        self._record(RiskLevelChanged(*changed))
+        if reading.level < before or reading.step < self._quiet_until:
             return False
         self._highest = max(self._highest, reading.level)
-        return self._answer(step, reading.level)
+        return self._answer(reading.step, reading.level)
 
     def note_rollback(self, step: int) -> None:
         """The guard has rolled back from this step."""
         self._quiet_until = max(self._quiet_until, step + self._settling)
 
-    def observe(self) -> SpectralReading | None:
-        """Looks now. A fault in here ends the following of spectra, and nothing else."""
-        if self._is_broken or not self._spectra.names:
+    def _safely(self, work: Callable[[], T]) -> T | None:
+        """A fault in here ends the following of spectra, and nothing else."""
+        if self._is_broken:
             return None
         try:
-            is_stepped = self._watch.was_stepped
-            self._seen = self._spectra.observe(self._watch.step, is_stepped=is_stepped)
+            return work()
         except Exception:
             _log.exception("foreshock no longer follows the spectra of the weights")
             self._is_broken = True
             return None
-        return self._seen.reading
 
     def _answer(self, step: int, level: RiskLevel) -> bool:
         if level is RiskLevel.INSTABILITY:

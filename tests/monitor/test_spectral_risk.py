@@ -255,7 +255,7 @@ def test_a_fault_of_our_own_ends_the_following_and_nothing_else(
     def fail(self: SpectralWatch, step: int, **_: Any) -> None:
         raise RuntimeError("no")
 
-    monkeypatch.setattr(SpectralWatch, "observe", fail)
+    monkeypatch.setattr(SpectralWatch, "begin", fail)
     run = t.make_run()
     with caplog.at_level(logging.ERROR, "foreshock"):
         monitor = monitor_of(run, tmp_path)

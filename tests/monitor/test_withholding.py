@@ -384,9 +384,7 @@ def test_model_and_optimizer_can_be_copied_and_saved_while_watched(tmp_path: Pat
     assert monitor.finalize()["guard"]["skipped_steps"] == 0
 
 
-def test_the_search_of_a_loss_scaler_for_its_scale_is_not_counted_as_skips(
-    tmp_path: Path,
-) -> None:
+def test_trap_7_the_search_of_a_loss_scaler_for_its_scale_is_no_alarm(tmp_path: Path) -> None:
     """It starts where every gradient is infinite; until they fit it does not call the optimizer."""
     run = t.make_run(max_norm=None)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, backoff_factor=2.0**-10)
@@ -406,7 +404,6 @@ def test_the_search_of_a_loss_scaler_for_its_scale_is_not_counted_as_skips(
             scaler.step(run.optimizer)
             scaler.update()
     summary = monitor.finalize()
-    assert summary["guard"]["anomalies_seen"] > 3
-    assert summary["guard"]["skipped_steps"] == 0
+    assert summary["guard"]["anomalies_seen"] == summary["guard"]["skipped_steps"] == 0
     assert summary["guard"]["total_rollbacks"] == summary["guard"]["total_recoveries"] == 1
     assert summary["total_steps"] == 24

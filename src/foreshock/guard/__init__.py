@@ -20,6 +20,7 @@ from foreshock.guard.events import (
 )
 from foreshock.guard.history import RESERVED_NAMES, History
 from foreshock.guard.inspection import Finding, Inspector, inspect_gradients, inspect_weights
+from foreshock.guard.lagging_watch import LaggingWatch, can_lag
 from foreshock.guard.learning_rate import LearningRateBackoff
 from foreshock.guard.policy import Decision, Policy, Signs
 from foreshock.guard.replay import BatchSource, BufferedSource, make_source
@@ -51,6 +52,7 @@ __all__ = [
     "Guard",
     "History",
     "Inspector",
+    "LaggingWatch",
     "LearningRateBackoff",
     "NamedTensors",
     "Offender",
@@ -75,6 +77,7 @@ __all__ = [
     "UpdateSkipped",
     "Verdict",
     "Watch",
+    "can_lag",
     "clip_grad_norm_",
     "inspect_gradients",
     "inspect_weights",

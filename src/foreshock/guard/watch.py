@@ -105,6 +105,7 @@ class Watch:
         self._not_optimized = [p for p in self.parameters if id(p) not in optimized]
         self._gradients = inspect_gradients(parameters)
         self._weights, self.buffers_left_alone = inspect_weights(model, parameters)
+        self._scalers = [s for s in state.values() if isinstance(s, torch.amp.GradScaler)]
         self._guard = guard
         self._record = record
         self._policy = Policy(guard)
@@ -242,11 +243,19 @@ class Watch:
             if not now.has_scores:
                 now.has_scores = True
                 spikes = self._find_spikes(self.seen)
-        signs = Signs(loss, finding.has_nonfinite, has_bad_weights, is_unstable, spikes)
+        has_bad_gradient = self._is_gradient_bad(finding)
+        signs = Signs(loss, has_bad_gradient, has_bad_weights, is_unstable, spikes)
         verdict = self._decide(signs)
         if verdict.action is Action.CONTINUE and loss is not None:
             self.last_loss = loss
         return verdict
+
+    def _is_gradient_bad(self, finding: Finding) -> bool:
+        """Not while a registered GradScaler is looking for its scale: it withholds such updates
+        itself, and halves the scale. A gradient that is bad at a scale of 1 is bad by itself."""
+        if not finding.has_nonfinite:
+            return False
+        return not any(s.is_enabled() and s.get_scale() > 1 for s in self._scalers)
 
     def _find_spikes(self, seen: Seen) -> tuple[Reason, ...]:
         """Those to be acted on; others are only recorded."""

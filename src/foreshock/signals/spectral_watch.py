@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foreshock.host_read import read
+from foreshock.host_read import Later
 from foreshock.ops import PowerIterator
 from foreshock.signals.configuration import SpectralSettings
 from foreshock.signals.optimizer_state import (
@@ -40,6 +40,16 @@ class SpectralObservation:
     """Whose it is."""
     second_moment_rms: float | None
     """RMS_t over all parameters; None if it was not looked at, or the optimizer keeps none."""
+
+
+@dataclasses.dataclass
+class _Begun:
+    """A look whose numbers are on their way to the host."""
+
+    step: int
+    packed: list[tuple[list[int], Later]]
+    """By device: which matrices, and `SpectralStats.packed` of them."""
+    rms: Later | None
 
 
 class SpectralWatch:
@@ -94,6 +104,7 @@ class SpectralWatch:
         self._interval = interval
         self._tracker = SpectralTracker(list(self._matrices), settings)
         self._last_step: int | None = None
+        self._begun: _Begun | None = None
         self._bind()
 
     def _bind(self) -> None:
@@ -138,16 +149,32 @@ class SpectralWatch:
             hundred microseconds on the host, and one synchronisation per device. At the interval,
             but not at the looks between, also the passes of `second_moment_rms`.
         """
+        self.begin(step, is_stepped=is_stepped)
+        observation = self.collect()
+        assert observation is not None
+        return observation
+
+    def begin(self, step: int, *, is_stepped: bool) -> None:
+        """The first half of `observe`: what waits for no device. One at a time."""
         gap = 1 if self._last_step is None else step - self._last_step
         self._last_step = step
-        packed = np.empty((len(self._matrices), 5))
-        for where, iterator in self._iterators:
-            stats = iterator(warm_iters=min(max(gap, 1), _MOST_PASSES))
-            packed[where] = read(stats.packed)
-        sigma_max = packed[:, _SIGMA_MAX]
-        reading = self._tracker.update(step, packed[:, _KAPPA], sigma_max, packed[:, _STABLE_RANK])
-        ratio, owner = self._largest_muon_ratio(sigma_max)
+        passes = min(max(gap, 1), _MOST_PASSES)
+        found = [(where, Later(it(warm_iters=passes).packed)) for where, it in self._iterators]
         rms = self._second_moment_rms(is_stepped) if step % self._interval == 0 else None
+        self._begun = _Begun(step, found, rms)
+
+    def collect(self) -> SpectralObservation | None:
+        """The second half: reads what was begun; None if nothing was."""
+        begun, self._begun = self._begun, None
+        if begun is None:
+            return None
+        packed = np.empty((len(self._matrices), 5))
+        for where, found in begun.packed:
+            packed[where] = found.get()
+        sigma_max, rank = packed[:, _SIGMA_MAX], packed[:, _STABLE_RANK]
+        reading = self._tracker.update(begun.step, packed[:, _KAPPA], sigma_max, rank)
+        ratio, owner = self._largest_muon_ratio(sigma_max)
+        rms = None if begun.rms is None else float(begun.rms.get())
         return SpectralObservation(reading, ratio, owner, rms)
 
     def _largest_muon_ratio(
@@ -159,11 +186,11 @@ class SpectralWatch:
         largest = int(np.nanargmax(ratios))
         return float(ratios[largest]), self.names[largest]
 
-    def _second_moment_rms(self, is_stepped: bool) -> float | None:
+    def _second_moment_rms(self, is_stepped: bool) -> Later | None:
         if why_no_second_moments(self._optimizer) is not None:
             return None
         found = second_moment_rms(self._optimizer, self._parameters, is_stepped=is_stepped)
-        return float(read(found.total)) if found.index else None
+        return Later(found.total) if found.index else None
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that later observations depend on, but the weights; shares no memory."""
@@ -183,6 +210,7 @@ class SpectralWatch:
         """
         self._tracker.load_state_dict(state_dict["tracker"])
         self._last_step = state_dict["last_step"]
+        self._begun = None
         saved = state_dict["iterators"]
         try:
             for (_, iterator), state in zip(self._iterators, saved, strict=True):
