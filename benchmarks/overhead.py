@@ -48,6 +48,15 @@ GPU_SIZE = Size(
 )
 
 
+Optimize = Callable[[Any], torch.optim.Optimizer]
+
+OPTIMIZERS: dict[str, Optimize] = {
+    "fused AdamW": lambda ps: torch.optim.AdamW(ps, lr=1e-3, fused=True),
+    "foreach AdamW": lambda ps: torch.optim.AdamW(ps, lr=1e-3, foreach=True),
+    "foreach SGD": lambda ps: torch.optim.SGD(ps, lr=1e-2, momentum=0.9, foreach=True),
+}
+
+
 class Loop(NamedTuple):
     """A training loop with a model of its own; `step()` runs one step."""
 
@@ -55,10 +64,19 @@ class Loop(NamedTuple):
     step: Callable[[], object]
 
 
-def fresh(size: Size, device: str) -> Run:
-    run = build(0, size.recipe)
-    run.model.to(device)
-    return run
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What is trained, by what, and where."""
+
+    size: Size
+    optimizer: str
+    device: str
+
+    def fresh(self) -> Run:
+        run = build(0, self.size.recipe)
+        run.model.to(self.device)
+        parameters = run.model.parameters()
+        return run._replace(optimizer=OPTIMIZERS[self.optimizer](parameters))  # type: ignore[arg-type]
 
 
 def batches(run: Run, device: str) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
@@ -74,9 +92,9 @@ def backward(run: Run, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor
     return loss
 
 
-def plain(size: Size, device: str, max_norm: float | None) -> Loop:
-    run = fresh(size, device)
-    draw = batches(run, device)
+def plain(setting: Setting, max_norm: float | None) -> Loop:
+    run = setting.fresh()
+    draw = batches(run, setting.device)
 
     def step() -> None:
         backward(run, draw())
@@ -87,10 +105,10 @@ def plain(size: Size, device: str, max_norm: float | None) -> Loop:
     return Loop(run.model, step)
 
 
-def watched(size: Size, device: str, max_norm: float | None, mode: str, out_dir: Path) -> Loop:
+def watched(setting: Setting, max_norm: float | None, mode: str, out_dir: Path) -> Loop:
     """Ours, everything on at its default cadence but the snapshots, which are timed apart."""
-    run = fresh(size, device)
-    draw = batches(run, device)
+    run = setting.fresh()
+    draw = batches(run, setting.device)
     guard = fs.Guard(mode=mode, snapshot_interval=10**9)  # type: ignore[arg-type]
     monitor = fs.Monitor(run.model, run.optimizer, out_dir, guard)
 
@@ -104,10 +122,10 @@ def watched(size: Size, device: str, max_norm: float | None, mode: str, out_dir:
     return Loop(run.model, step)
 
 
-def checked_one_by_one(size: Size, device: str, max_norm: float) -> Loop:
+def checked_one_by_one(setting: Setting, max_norm: float) -> Loop:
     """The guard that people write: isnan of every gradient and parameter, with .item()."""
-    run = fresh(size, device)
-    draw = batches(run, device)
+    run = setting.fresh()
+    draw = batches(run, setting.device)
 
     def step() -> None:
         backward(run, draw())
@@ -121,10 +139,10 @@ def checked_one_by_one(size: Size, device: str, max_norm: float) -> Loop:
     return Loop(run.model, step)
 
 
-def snapshot_variants(size: Size, device: str, folder: Path) -> dict[str, Callable[[], object]]:
+def snapshot_variants(setting: Setting, folder: Path) -> dict[str, Callable[[], object]]:
     """One snapshot each: in memory and verified, as ours are, and by torch.save to disk."""
-    run = fresh(size, device)
-    backward(run, batches(run, device)())
+    run = setting.fresh()
+    backward(run, batches(run, setting.device)())
     run.optimizer.step()
     parts = {
         "parameters": NamedTensors(lambda: dict(run.model.named_parameters())),
@@ -144,21 +162,21 @@ def snapshot_variants(size: Size, device: str, folder: Path) -> dict[str, Callab
     }
 
 
-def measure(benchmark: Any, size: Size, device: str, folder: Path) -> dict[str, dict[str, Any]]:
-    max_norm = size.recipe.max_norm
+def measure(benchmark: Any, setting: Setting, folder: Path) -> None:
+    max_norm = setting.size.recipe.max_norm
     loops = {
-        "plain loop": plain(size, device, None),
-        "plain loop with clip": plain(size, device, max_norm),
-        "foreshock observe": watched(size, device, None, "observe", folder / "a"),
-        "foreshock observe with clip": watched(size, device, max_norm, "observe", folder / "b"),
-        "foreshock recover with clip": watched(size, device, max_norm, "recover", folder / "c"),
-        "isnan of each tensor, with clip": checked_one_by_one(size, device, max_norm),
+        "plain loop": plain(setting, None),
+        "plain loop with clip": plain(setting, max_norm),
+        "foreshock observe": watched(setting, None, "observe", folder / "a"),
+        "foreshock observe with clip": watched(setting, max_norm, "observe", folder / "b"),
+        "foreshock recover with clip": watched(setting, max_norm, "recover", folder / "c"),
+        "isnan of each tensor, with clip": checked_one_by_one(setting, max_norm),
     }
     timings = time_in_turn(
         benchmark,
-        {name: loop.step for name, loop in loops.items()} | snapshot_variants(size, device, folder),
-        rounds=size.rounds,
-        device=device,
+        {name: loop.step for name, loop in loops.items()} | snapshot_variants(setting, folder),
+        rounds=setting.size.rounds,
+        device=setting.device,
         slow={"snapshot, foreshock": 7, "snapshot, torch.save": 7},
     )
     bare, clipped = timings["plain loop"], timings["plain loop with clip"]
@@ -169,16 +187,18 @@ def measure(benchmark: Any, size: Size, device: str, folder: Path) -> dict[str, 
         else:
             percent = 100 * (timing.over(clipped if "clip" in name else bare) - 1)
         found[name] = {**timing.row(), "percent": percent}
-    return found
+    rows.store("overhead", f"{setting.size.name}, {setting.optimizer}", setting.device, found)
 
 
-def test_overhead_on_the_cpu(benchmark: Any, tmp_path: Path) -> None:
-    rows.store("overhead", CPU_SIZE.name, "cpu", measure(benchmark, CPU_SIZE, "cpu", tmp_path))
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_overhead_on_the_cpu(benchmark: Any, optimizer: str, tmp_path: Path) -> None:
+    measure(benchmark, Setting(CPU_SIZE, optimizer, "cpu"), tmp_path)
 
 
 @pytest.mark.gpu
-def test_overhead_on_the_gpu(benchmark: Any, tmp_path: Path) -> None:
-    rows.store("overhead", GPU_SIZE.name, "cuda", measure(benchmark, GPU_SIZE, "cuda", tmp_path))
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_overhead_on_the_gpu(benchmark: Any, optimizer: str, tmp_path: Path) -> None:
+    measure(benchmark, Setting(GPU_SIZE, optimizer, "cuda"), tmp_path)
 
 
 def test_the_watched_loop_learns_the_same(benchmark: Any) -> None:
@@ -187,8 +207,9 @@ def test_the_watched_loop_learns_the_same(benchmark: Any) -> None:
         CPU_SIZE, recipe=Recipe(model=GPTConfig(width=32, num_blocks=1, num_heads=2, context=16))
     )
     with tempfile.TemporaryDirectory() as folder:
-        left = plain(small, "cpu", None)
-        right = watched(small, "cpu", None, "observe", Path(folder))
+        setting = Setting(small, "fused AdamW", "cpu")
+        left = plain(setting, None)
+        right = watched(setting, None, "observe", Path(folder))
         benchmark.pedantic(lambda: (left.step(), right.step()), rounds=3)
     pairs = zip(left.model.parameters(), right.model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
