@@ -65,18 +65,17 @@ class Journal:
     def __init__(self, out_dir: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
         if not isinstance(out_dir, str | os.PathLike) or not os.fspath(out_dir):
             raise TypeError(f"out_dir is {out_dir!r}; accepted: the path of a directory")
-        self._out_dir = Path(out_dir)
+        self.out_dir = Path(out_dir)
+        """The run's directory."""
         try:
-            self._out_dir.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._out_dir / "config.json", dump_json(config))
+            self.out_dir.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.out_dir / "config.json", dump_json(config))
             self._ledger = self._open_ledger()
-            self._telemetry = TelemetryWriter(
-                self._out_dir / "telemetry.jsonl", ledger=self._ledger
-            )
+            self._telemetry = TelemetryWriter(self.out_dir / "telemetry.jsonl", ledger=self._ledger)
         except OSError as error:
             # The class of the error follows from its number.
             why = f"out_dir cannot be written to ({error.strerror}); accepted: a directory that can"
-            raise OSError(error.errno, why, str(self._out_dir)) from error
+            raise OSError(error.errno, why, str(self.out_dir)) from error
         self._counts: Counter[type] = Counter()
         self._num_unledgered = 0
         self._abort: dict[str, Any] | None = None
@@ -125,7 +124,7 @@ class Journal:
             more = "; further ones only in telemetry.jsonl" if is_last else ""
             _log.warning("step %d: %s%s", event.step, _sentence(event), more)
 
-    def record_telemetry(self, step: int, **measured: float | str | None) -> None:
+    def record_telemetry(self, step: int, **measured: object) -> None:
         """Writes down what was measured at a step."""
         self._telemetry.write("telemetry", step, **measured, overhead_ms=self.mean_overhead_ms)
 
@@ -135,7 +134,7 @@ class Journal:
 
     def _open_ledger(self) -> Ledger | None:
         try:
-            return Ledger(self._out_dir / "ledger.jsonl")
+            return Ledger(self.out_dir / "ledger.jsonl")
         except (OSError, ValueError) as error:  # held by another run, or broken: to be left alone
             _log.warning(
                 "ledger.jsonl is not written: %s. Training goes on; lost_ledger_records in the "
@@ -183,7 +182,7 @@ class Journal:
             ),
         }
         try:
-            write_summary(self._out_dir / "summary.json", summary)
+            write_summary(self.out_dir / "summary.json", summary)
         except OSError as error:
             _log.warning("summary.json could not be written: %s", error)
         return summary

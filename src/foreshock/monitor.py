@@ -8,6 +8,7 @@ import math
 import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -57,6 +58,8 @@ class MonitorSettings(Settings):
 
     telemetry_interval: PositiveInt = 10
     """Steps between telemetry records; events are recorded as they happen."""
+    telemetry_top_k: NonNegativeInt = 3
+    """Largest gradient norms in each telemetry record, with the parameters whose they are."""
     spectral_enabled: bool = True
     """Whether the spectra of the weight matrices are followed."""
     spectral_interval: PositiveInt = 50
@@ -79,6 +82,9 @@ class MonitorSettings(Settings):
     """Whether the noise of loss and gradients is followed."""
     fingerprint: FingerprintSettings = FingerprintSettings(processivity_window=16)
     """How."""
+    fingerprint_reference: Path | None = None
+    """Directory of an earlier, healthy run whose noise this run's is compared with; None: the
+    first steps of this run."""
     alignment_interval: PositiveInt = 50
     """Steps between looks at whether an update goes where its gradient points."""
 
@@ -192,7 +198,10 @@ class Monitor:
         if not given.fingerprint_enabled:
             return None
         updated = [p for group in self._optimizer.param_groups for p in group["params"]]
-        return NoiseWatch(updated, given.fingerprint, given.alignment_interval)
+        noise = NoiseWatch(updated, given.fingerprint, given.alignment_interval)
+        if given.fingerprint_reference is not None:
+            noise.load_reference(given.fingerprint_reference)
+        return noise
 
     def _make_risk(self, spectra: SpectralWatch) -> SpectralRisk:
         given = self._settings
@@ -321,6 +330,8 @@ class Monitor:
             if self._risk is not None:
                 self._own(self._risk.look_once_more)
             self._gate.remove()
+            if self._noise is not None:
+                self._noise.save(self._journal.out_dir)
             self._journal.close()
             self._summary = self._write_summary()
         return self._summary
@@ -425,8 +436,8 @@ class Monitor:
             train_loss=seen.loss,
             grad_norm=seen.finding.finite_norm,
             learning_rate=None if rate is None else float(rate) * factor,
-            loss_z=self._watch.spikes.loss_z,
-            grad_norm_z=self._watch.spikes.grad_norm_z,
+            largest_gradients=self._watch.largest_gradients(self._settings.telemetry_top_k),
+            **self._watch.scores,
             **({} if self._risk is None else self._risk.telemetry()),
             **({} if self._noise is None else self._noise.telemetry()),
         )
@@ -442,7 +453,7 @@ class Monitor:
     def _config(self, spectra: SpectralWatch | None) -> dict[str, Any]:
         return {
             "guard": self._guard.model_dump(),
-            "monitor": self._settings.model_dump(),
+            "monitor": self._settings.model_dump(mode="json"),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "backends": active_backends(),
             "buffers_not_finite_from_the_start": self._watch.buffers_left_alone,

@@ -5,14 +5,19 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from foreshock.host_read import Later
+from foreshock.records import write_atomically
+from foreshock.records.strict_json import dump_json, load_json
 from foreshock.signals import FingerprintSettings, NoiseFingerprint, update_alignment
 
 _log = logging.getLogger("foreshock")
+
+FILE_NAME = "fingerprint.json"
 
 
 class NoiseWatch:
@@ -76,6 +81,30 @@ class NoiseWatch:
             "precursor_z": now.precursor_z,
             "precursor_alert": now.precursor_alert,
         }
+
+    def save(self, out_dir: Path) -> None:
+        """Writes the fingerprint, for later runs to be compared with; a disk that does not take it
+        is only warned of."""
+        try:
+            write_atomically(out_dir / FILE_NAME, dump_json(self._fingerprint.state_dict()))
+        except OSError as error:
+            _log.warning("%s could not be written: %s", FILE_NAME, error)
+
+    def load_reference(self, out_dir: Path) -> None:
+        """Compares from now on with the noise of an earlier run.
+
+        Raises:
+            ValueError: there is none in that directory that fits; says what is accepted.
+        """
+        file = out_dir / FILE_NAME
+        try:
+            self._fingerprint.load_reference(load_json(file.read_bytes()))
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"fingerprint_reference is {str(out_dir)!r}, but {FILE_NAME} there cannot be used "
+                f"({error}); accepted: the directory of a finished run with the same fingerprint "
+                "settings, long enough for its reference"
+            ) from error
 
     def state_dict(self) -> dict[str, Any]:
         return self._fingerprint.state_dict()

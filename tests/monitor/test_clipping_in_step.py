@@ -16,7 +16,7 @@ import foreshock as fs
 FUSED: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "AdamW": lambda ps: torch.optim.AdamW(ps, lr=1e-3, weight_decay=0.1, fused=True),
     "Adam": lambda ps: torch.optim.Adam(ps, lr=1e-3, amsgrad=True, fused=True),
-    "SGD": lambda ps: torch.optim.SGD(ps, lr=1e-2, momentum=0.9, nesterov=True, fused=True),
+    "SGD": lambda ps: torch.optim.SGD(ps, lr=2e-3, momentum=0.9, nesterov=True, fused=True),
 }
 MAX_NORM = 0.3
 
@@ -60,6 +60,17 @@ def test_a_thousand_steps_end_where_torchs_clipping_ends(tmp_path: Path, name: s
         torch.testing.assert_close(norm, expected, rtol=1e-3, atol=0)
         clipped += bool(norm > MAX_NORM)
     assert clipped > 100
+    assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_the_drop_in_ends_where_torchs_ends(name: str) -> None:
+    ours, theirs = Loop(FUSED[name]), Loop(FUSED[name])
+    for _ in range(1000):
+        for loop, clip in ((ours, fs.clip_grad_norm_), (theirs, nn.utils.clip_grad_norm_)):
+            loop.backward()
+            clip(loop.model.parameters(), MAX_NORM)
+            loop.optimizer.step()
     assert_close(ours, theirs)
 
 

@@ -25,7 +25,7 @@ def test_a_run_leaves_config_telemetry_and_summary(tmp_path: Path) -> None:
     summary = t.train_guarded(run, tmp_path / "deep" / "run")
     out_dir = tmp_path / "deep" / "run"
     assert sorted(os.listdir(out_dir)) == [
-        "config.json", "ledger.jsonl", "summary.json", "telemetry.jsonl",
+        "config.json", "fingerprint.json", "ledger.jsonl", "summary.json", "telemetry.jsonl",
     ]  # fmt: skip
     config = json.loads((out_dir / "config.json").read_text())
     assert (

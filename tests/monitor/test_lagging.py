@@ -163,6 +163,41 @@ def test_a_bad_loss_withholds_its_update_if_it_is_told_in_time(tmp_path: Path) -
         assert [(r["step"], r["reason"]) for r in told] == [(3, "NONFINITE_LOSS")]
 
 
+@pytest.mark.parametrize("response", ["log", "skip"])
+def test_spikes_are_found_on_the_device_by_the_same_rule(tmp_path: Path, response: Any) -> None:
+    """Scores, records and what is withheld are those of the host that waits."""
+    values = [2 + 0.1 * math.sin(7 * i) for i in range(120)]
+    values[9], values[60], values[61], values[90] = 40.0, 30.0, 30.0, math.nan
+    told, ends = [], []
+    for sync in (True, False):
+        loop = Loop(FUSED["SGD"])
+        guard = fs.Guard(mode="skip", spike_response=response, max_consecutive_skips=10)
+        out_dir = tmp_path / str(sync)
+        monitor = fs.Monitor(
+            loop.model, loop.optimizer, out_dir, guard, sync=sync, telemetry_interval=1
+        )
+        for value in values:
+            loop.backward()
+            monitor.step(torch.tensor(value))
+            loop.optimizer.step()
+        monitor.finalize()
+        ends.append(loop)
+        scores = {r["step"]: r["loss_z"] for r in records(out_dir, "telemetry")}
+        events = [
+            (r["event"], r["step"], tuple(r["reasons"]))
+            for r in read_telemetry(out_dir / "telemetry.jsonl").records
+            if "reasons" in r
+        ]
+        told.append((scores, events))
+    (ours, our_events), (theirs, their_events) = told
+    assert {step for _, step, _ in our_events} == {9, 60, 61, 90}
+    assert our_events == their_events
+    for step, score in theirs.items():
+        assert ours[step] == (None if score is None else pytest.approx(score, rel=1e-9, abs=1e-9))
+    for mine, other in zip(*(loop.model.parameters() for loop in ends), strict=True):
+        assert torch.equal(mine, other)
+
+
 def test_a_fault_that_persists_ends_in_an_abort(tmp_path: Path) -> None:
     run = fused_run(strikes=[t.Strike(9, t.nan_in_weight, lives=100)])
     summary = watched(run, tmp_path, max_rollbacks=2)
@@ -324,7 +359,7 @@ def test_where_the_optimizer_cannot_withhold_the_host_waits(tmp_path: Path) -> N
         (torch.optim.AdamW, fs.Guard(mode="skip"), False),
         (torch.optim.AdamW, fs.Guard(mode="observe"), True),
         (FUSED["AdamW"], fs.Guard(mode="recover"), True),
-        (FUSED["AdamW"], fs.Guard(mode="recover", spike_response="skip"), False),
+        (FUSED["AdamW"], fs.Guard(mode="recover", spike_response="skip"), True),
     ):
         model = nn.Linear(2, 2)
         monitor = fs.Monitor(model, optimizer(model.parameters()), tmp_path, guard)

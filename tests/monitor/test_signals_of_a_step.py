@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import foreshock as fs
+from foreshock import monitor as monitor_module
 from foreshock.records import read_telemetry
 from foreshock.signals import NoiseFingerprint
 from tests.monitor import training as t
@@ -63,6 +64,57 @@ def test_plain_gradient_descent_goes_where_its_gradient_points(tmp_path: Path) -
     t.train(run, monitor)
     monitor.finalize()
     assert records(tmp_path, "telemetry")[-1]["alignment"] == pytest.approx(1, abs=1e-3)
+
+
+def test_a_run_is_compared_with_the_noise_of_an_earlier_one(tmp_path: Path) -> None:
+    settings = fs.signals.FingerprintSettings(window=16, reference_steps=16, median_of=8)
+    options: dict[str, Any] = {"fingerprint": settings}
+    for name, fingerprint_reference in (("first", None), ("second", tmp_path / "first")):
+        run = long_run()
+        monitor = fs.Monitor(
+            run.model,
+            run.optimizer,
+            tmp_path / name,
+            fingerprint_reference=fingerprint_reference,
+            **options,
+        )
+        t.train(run, monitor)
+        monitor.finalize()
+    first, second = (
+        next(r["step"] for r in records(tmp_path / name, "telemetry") if r["theta"] is not None)
+        for name in ("first", "second")
+    )
+    assert second < first  # it need not record a reference of its own
+    with pytest.raises(ValueError, match=r"fingerprint_reference is .*nowhere"):
+        fs.Monitor(run.model, run.optimizer, tmp_path / "x", fingerprint_reference="nowhere")
+
+
+@pytest.mark.parametrize("lags", [True, False])
+def test_the_largest_gradients_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lags: bool
+) -> None:
+    if lags:
+        monkeypatch.setattr(monitor_module, "_LAGGING_DEVICE", "cpu")
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    monitor = fs.Monitor(model, optimizer, tmp_path, telemetry_interval=1, telemetry_top_k=2)
+    expected = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = model(torch.randn(5, 3)).square().mean()
+        loss.backward()
+        norms = {name: p.grad.norm().item() for name, p in model.named_parameters()}
+        expected.append(sorted(norms.items(), key=lambda pair: -pair[1])[:2])
+        monitor.clip_grad_norm_(1.0)
+        monitor.step(loss)
+        optimizer.step()
+    monitor.finalize()
+    told = [list(r["largest_gradients"].items()) for r in records(tmp_path, "telemetry")]
+    assert len(told) == (3 if lags else 4)
+    for found, right in zip(told, expected, strict=False):
+        assert [name for name, _ in found] == [name for name, _ in right]
+        assert dict(found) == pytest.approx(dict(right), rel=1e-5)
 
 
 def test_the_fingerprint_can_be_switched_off(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from foreshock.guard.inspection import Finding, inspect_gradients
 
-_EPSILON = 1e-6
+EPSILON = 1e-6
 """torch's, against a norm of 0."""
 
 
@@ -96,24 +96,36 @@ def refuse_nonfinite(norm: float, norm_type: float, error_if_nonfinite: bool) ->
 
 def clip_factor(norm: float, max_norm: float) -> float:
     """What gradients of this norm are multiplied by; 1 if they are short enough."""
-    factor = max_norm / (norm + _EPSILON)
+    factor = max_norm / (norm + EPSILON)
     return 1.0 if factor >= 1.0 else factor  # a NaN stays one
 
 
 def norm_like_torchs(parameters: Sequence[torch.Tensor], norm: float) -> torch.Tensor:
     """() on the first gradient's device; float64 if that gradient is, else float32."""
-    first = next((p.grad for p in parameters if p.grad is not None), torch.empty(0))
+    first = _first_gradient(parameters)
     dtype = torch.float64 if first.dtype is torch.float64 else torch.float32
     return torch.tensor(norm, dtype=dtype, device=first.device)
 
 
-def scale_gradients(parameters: Sequence[torch.Tensor], factor: float) -> None:
-    """Multiplies the gradients that there are, in place; by 1, does nothing.
+def first_dtype(parameters: Sequence[torch.Tensor]) -> torch.dtype:
+    """Of the first gradient; float32 if there is none."""
+    return _first_gradient(parameters).dtype
 
+
+def _first_gradient(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
+    return next((p.grad for p in parameters if p.grad is not None), torch.empty(0))
+
+
+def scale_gradients(parameters: Sequence[torch.Tensor], factor: float | torch.Tensor) -> None:
+    """Multiplies the gradients that there are, in place; by the number 1, does nothing.
+
+    Args:
+        parameters: whose gradients.
+        factor: a number, or a tensor of one, which is not read on the host.
     Cost:
         One read and one write of the gradients.
     """
-    if factor == 1.0:
+    if not isinstance(factor, torch.Tensor) and factor == 1.0:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
     with torch.no_grad():
@@ -121,7 +133,7 @@ def scale_gradients(parameters: Sequence[torch.Tensor], factor: float) -> None:
             here = [g for g in gradients if g.device == device]
             dtype = torch.float64 if here[0].dtype is torch.float64 else torch.float32
             # A tensor, since multiplying a list by a number takes four times as long.
-            scale = torch.tensor(factor, dtype=dtype, device=device)
+            scale = torch.as_tensor(factor).to(device, dtype, non_blocking=True)
             dense = [g for g in here if not g.is_sparse]
             if dense:
                 torch._foreach_mul_(dense, scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -111,6 +112,12 @@ class Inspector:
         self._scan_present()
         return Inspection(self._kinds, self._found)
 
+    def largest_norms(self, k: int) -> dict[str, float]:
+        """The largest L2 norms found by the last inspection, by name, largest first."""
+        return _largest_norms(
+            self._kinds, [(where, read(stats.packed)) for where, stats in self._found], k
+        )
+
     def find_offender(self) -> Offender | None:
         """The first tensor of the last inspection that is not finite."""
         return _first_offender(
@@ -169,6 +176,10 @@ class Inspection:
         """All of it, on the host."""
         return _total([copy.get() for _, copy in self._copies])
 
+    def largest_norms(self, k: int) -> dict[str, float]:
+        """The largest L2 norms, by name, largest first."""
+        return _largest_norms(self._kinds, [(where, c.get()) for where, c in self._copies], k)
+
     def find_offender(self) -> Offender | None:
         """The first tensor that is not finite."""
         return _first_offender(self._kinds, [(where, copy.get()) for where, copy in self._copies])
@@ -187,6 +198,12 @@ def _totals_on_device(
     absmax = torch.cat([none, *(p[:, 3].to(device, non_blocking=True) for p in packed)]).amax()
     nan, inf = counts.double().unbind()
     return nan, inf, sumsq, absmax
+
+
+def _largest_norms(kinds: Sequence[tuple[str, Kind]], found: Packed, k: int) -> dict[str, float]:
+    """Of the finite elements of each tensor."""
+    sums = [(float(x), i) for where, v in found for x, i in zip(v[:, 5], where, strict=True)]
+    return {kinds[i][0]: math.sqrt(sumsq) for sumsq, i in heapq.nlargest(k, sums)}
 
 
 def _first_offender(kinds: Sequence[tuple[str, Kind]], found: Packed) -> Offender | None:

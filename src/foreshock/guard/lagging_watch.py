@@ -8,15 +8,22 @@ import math
 
 import torch
 
-from foreshock.guard.clipping import is_fused, refuse_nonfinite, scaled_in_step
+from foreshock.guard.clipping import (
+    EPSILON,
+    first_dtype,
+    is_fused,
+    refuse_nonfinite,
+    scale_gradients,
+    scaled_in_step,
+)
 from foreshock.guard.configuration import Guard
 from foreshock.guard.events import Action, AnomalySeen, Offender, Reason, UpdateSkipped, Verdict
 from foreshock.guard.inspection import Finding, Inspection
 from foreshock.guard.policy import Signs
+from foreshock.guard.spikes import DeviceSpikes
+from foreshock.guard.state import Stateful
 from foreshock.guard.watch import Seen, Watch
 from foreshock.host_read import Later, read
-
-_EPSILON = 1e-6
 
 
 @dataclasses.dataclass
@@ -27,10 +34,11 @@ class _Report:
     gradients: Inspection
     weights: Inspection | None = None
     loss: Later | None = None
+    scores: Later | None = None
     is_unstable: bool = False
     was_stepped: bool = False
     is_loss_gated: bool = False
-    """The device knew the loss when it decided on the update."""
+    """The device knew loss and scores when it decided on the update."""
 
     def find_offender(self, in_weights: bool) -> Offender | None:
         inspection = self.weights if in_weights else self.gradients
@@ -40,17 +48,29 @@ class _Report:
 class LaggingWatch(Watch):
     """A `Watch` that never waits for the device in a clean step.
 
-    The optimizer itself leaves everything as it is when gradients, loss or parameters are not
-    finite: the verdict is in its `found_inf`, the clip in its `grad_scale`. The host reads the
-    numbers of a step in the next one, and then counts, records and rolls back as `Watch` does.
+    The device decides itself: on gradients, loss and parameters that are not finite, a loss over
+    the threshold, and spikes if they are to be acted on. The optimizer then leaves everything as it
+    is: the verdict is in its `found_inf`, the clip in its `grad_scale`. The host reads the numbers
+    of a step in the next one, and then counts, records and rolls back as `Watch` does.
 
     Only where `can_lag` says so.
     """
 
     _report: _Report | None = None
     _unread: _Report | None = None
+    _settled: _Report | None = None
     _divisor: torch.Tensor | None = None
     _loss: torch.Tensor | None = None
+    _scores: torch.Tensor | None = None
+
+    def _make_spikes(self) -> Stateful:
+        self._spikes_there = DeviceSpikes(self._guard, self.parameters[0].device)
+        return self._spikes_there
+
+    @property
+    def scores(self) -> dict[str, float | None]:
+        there = self._spikes_there
+        return {"loss_z": there.loss_z, "grad_norm_z": there.grad_norm_z}
 
     # ---- the bounds of a step
 
@@ -71,7 +91,7 @@ class LaggingWatch(Watch):
             self._settle()
             report.was_stepped = now.was_stepped
             self._unread = report
-        self._report, self._loss = None, None
+        self._report = self._loss = self._scores = None
         self._is_within_accumulation = not now.was_stepped
         self._current = type(now)()
         self.step += 1
@@ -86,7 +106,7 @@ class LaggingWatch(Watch):
 
     def _forget(self) -> None:
         """What was found in steps that will be run again."""
-        self._report = self._unread = self._loss = self._divisor = None
+        self._report = self._unread = self._loss = self._scores = self._divisor = None
 
     # ---- the verdict
 
@@ -121,6 +141,9 @@ class LaggingWatch(Watch):
         report = self._report_on_gradients(even_if_changed=now.was_stepped)
         self._loss = torch.as_tensor(loss).detach()
         report.loss, report.is_unstable = Later(self._loss), is_unstable
+        if report.scores is None:
+            self._scores = self._spikes_there.update(self._loss, report.gradients.norm(2.0))
+            report.scores = Later(self._scores)
         if self.step % self._guard.check_interval == 0:
             report.weights = self._weights.inspect_later()
         if is_outside and now.was_stepped:
@@ -135,12 +158,14 @@ class LaggingWatch(Watch):
         report, self._unread = self._unread, None
         if report is None:
             return None
+        self._settled = report
         finding = report.gradients.read()
         loss = None if report.loss is None else float(report.loss.get().item())
         spikes: tuple[Reason, ...] = ()
         if loss is not None:
             self.seen = Seen(report.step, loss, finding)
-            spikes = self._find_spikes(self.seen)
+        if report.scores is not None:
+            spikes = self._to_be_acted_on(report.step, self._spikes_there.note(report.scores.get()))
         has_bad_weights = report.weights is not None and report.weights.read().has_nonfinite
         has_bad_gradient = self._is_gradient_bad(finding)
         signs = Signs(loss, has_bad_gradient, has_bad_weights, report.is_unstable, spikes)
@@ -155,8 +180,7 @@ class LaggingWatch(Watch):
         self, report: _Report, verdict: Verdict, finding: Finding, loss: float | None
     ) -> None:
         if verdict.action is Action.SKIP and self._guard.mode != "observe":
-            is_bad_loss = loss is not None and not math.isfinite(loss)
-            was_withheld = finding.has_nonfinite or (is_bad_loss and report.is_loss_gated)
+            was_withheld = finding.has_nonfinite or report.is_loss_gated
             seen = (verdict.reasons, verdict.offender)
             if was_withheld and report.was_stepped:
                 self._record(UpdateSkipped(verdict.step, *seen))
@@ -209,7 +233,11 @@ class LaggingWatch(Watch):
             is_bad = is_bad | report.weights.is_bad
         if self._loss is not None:
             report.is_loss_gated = True
-            is_bad = is_bad | ~torch.isfinite(self._loss).all().to(is_bad.device, non_blocking=True)
+            is_good = self._loss <= self._guard.violation_threshold  # no NaN is
+            is_good &= self._loss > -math.inf
+            is_bad = is_bad | ~is_good.all().to(is_bad.device, non_blocking=True)
+        if self._scores is not None and self._guard.spike_response == "skip":
+            is_bad = is_bad | (self._scores[1] > 0).any().to(is_bad.device, non_blocking=True)
         return is_bad.float()
 
     # ---- the gradients
@@ -223,17 +251,18 @@ class LaggingWatch(Watch):
             norm = norm / self._divisor
         if error_if_nonfinite:
             refuse_nonfinite(float(read(norm)), norm_type, error_if_nonfinite)
-        factor = (max_norm / (norm + _EPSILON)).clamp(max=1.0)
+        factor = (max_norm / (norm + EPSILON)).clamp(max=1.0)
         if self._can_ride():
             divisor = (1.0 / factor).float()
             self._divisor = divisor if self._divisor is None else self._divisor * divisor
             self._clip_mark = self._look_at_gradients()
         else:
-            present = [p.grad for p in self.parameters if p.grad is not None]
-            with torch.no_grad():
-                torch._foreach_mul_(present, factor.to(present[0].dtype))
+            scale_gradients(self.parameters, factor)
             self.note_clipped()
-        return norm if present_dtype(self.parameters) is torch.float64 else norm.float()
+        return norm if first_dtype(self.parameters) is torch.float64 else norm.float()
+
+    def largest_gradients(self, k: int) -> dict[str, float]:
+        return {} if self._settled is None else self._settled.gradients.largest_norms(k)
 
     def _report_on_gradients(
         self, *, even_if_changed: bool = False, even_if_unchanged: bool = False
@@ -249,19 +278,13 @@ class LaggingWatch(Watch):
         return report
 
 
-def present_dtype(parameters: list[torch.Tensor]) -> torch.dtype:
-    """Of the first gradient; float32 if there is none."""
-    return next((p.grad.dtype for p in parameters if p.grad is not None), torch.float32)
-
-
 def can_lag(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, guard: Guard, device_type: str
 ) -> bool:
     """Whether a `LaggingWatch` can do here what a `Watch` does.
 
     All that is watched is dense and on one device of this type; and unless the guard only observes
-    the optimizer is a fused one, which withholds updates itself, and spikes, which the host finds,
-    are only recorded.
+    the optimizer is a fused one, which withholds updates itself.
     """
     tensors = [*model.parameters(), *model.buffers()]
     tensors += [p for group in optimizer.param_groups for p in group["params"]]
@@ -269,4 +292,4 @@ def can_lag(
     is_plain = all(not t.is_complex() and t.layout is torch.strided for t in tensors)
     if len(places) != 1 or next(iter(places)).type != device_type or not is_plain:
         return False
-    return guard.mode == "observe" or (is_fused(optimizer) and guard.spike_response == "log")
+    return guard.mode == "observe" or is_fused(optimizer)

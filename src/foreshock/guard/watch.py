@@ -110,8 +110,9 @@ class Watch:
         self._record = record
         self._policy = Policy(guard)
         self.learning_rate = LearningRateBackoff(guard.lr_backoff, guard.lr_recovery_steps)
-        self.spikes = SpikeDetector(guard)
-        self.history = History(model, optimizer, {**state, "spikes": self.spikes}, guard, record)
+        self._spikes = SpikeDetector(guard)
+        state = {**state, "spikes": self._make_spikes()}
+        self.history = History(model, optimizer, state, guard, record)
         self.step = 0
         """The step that is being run; between steps, the one that comes next."""
         self.last_loss: float | None = None
@@ -130,6 +131,15 @@ class Watch:
         self._failed_step: int | None = None
         self._good: Snapshot | None = None
         self._has_warned_of_closure = False
+
+    def _make_spikes(self) -> Stateful:
+        """What of the detector belongs to the state of the run."""
+        return self._spikes
+
+    @property
+    def scores(self) -> dict[str, float | None]:
+        """How far the numbers of the step that was seen last are from those before, by name."""
+        return {"loss_z": self._spikes.loss_z, "grad_norm_z": self._spikes.grad_norm_z}
 
     # ---- the bounds of a step
 
@@ -242,7 +252,7 @@ class Watch:
             self.seen = Seen(self.step, loss, finding)
             if not now.has_scores:
                 now.has_scores = True
-                spikes = self._find_spikes(self.seen)
+                spikes = self._to_be_acted_on(self.step, self._spikes.update(loss, finding.norm))
         has_bad_gradient = self._is_gradient_bad(finding)
         signs = Signs(loss, has_bad_gradient, has_bad_weights, is_unstable, spikes)
         verdict = self._decide(signs)
@@ -257,11 +267,10 @@ class Watch:
             return False
         return not any(s.is_enabled() and s.get_scale() > 1 for s in self._scalers)
 
-    def _find_spikes(self, seen: Seen) -> tuple[Reason, ...]:
-        """Those to be acted on; others are only recorded."""
-        spikes = self.spikes.update(seen.loss, seen.finding.norm)
+    def _to_be_acted_on(self, step: int, spikes: tuple[Reason, ...]) -> tuple[Reason, ...]:
+        """Those that are; others are only recorded."""
         if spikes and self._guard.spike_response == "log":
-            self._record(AnomalySeen(seen.step, Action.SKIP, spikes, None))
+            self._record(AnomalySeen(step, Action.SKIP, spikes, None))
             return ()
         return spikes
 
@@ -418,6 +427,10 @@ class Watch:
         """Gradients that were added to since then are still the ones that were to be clipped."""
         mark, now = self._clip_mark, self._look_at_gradients()
         return mark is not None and now is not None and mark[0] == now[0] and mark[1] <= now[1]
+
+    def largest_gradients(self, k: int) -> dict[str, float]:
+        """The largest gradient norms, by parameter, of the step that was seen last."""
+        return self._gradients.largest_norms(k)
 
     def scan_gradients(self) -> Finding:
         """Scans the gradients as they are now."""

@@ -93,12 +93,13 @@ class _Span:
         of_all = sizes_M.unbind()
         sizes_G1 = torch.stack([of_all[m] for m in self._members])[:, None]
         y_Gn = torch.stack(self._vs) * sizes_G1
-        along_GK = self._along(y_Gn)
-        self._T_GKK[:, k, k] = along_GK[:, k]
+        known = max(k + 1, 2)  # one more is 0; see `_norms`
+        along_Gk = self._along(y_Gn, known)
+        self._T_GKK[:, k, k] = along_Gk[:, k]
         if k + 1 == self._T_GKK.shape[1]:
             return
-        rest_Gn = y_Gn - self._combined(along_GK)
-        rest_Gn = rest_Gn - self._combined(self._along(rest_Gn))
+        rest_Gn = y_Gn - self._combined(along_Gk)
+        rest_Gn = rest_Gn - self._combined(self._along(rest_Gn, known))
         beta_G1 = _norms(rest_Gn)
         largest_G1 = self._T_GKK.diagonal(dim1=1, dim2=2).amax(1, keepdim=True)
         is_new_G1 = beta_G1 > _OVER * largest_G1
@@ -114,13 +115,13 @@ class _Span:
         found_Gn = torch.where(length_G1 > 0.5, ritz_Gn / length_G1, self._start_Gn)
         torch._foreach_copy_(self._vs, list(found_Gn.unbind()))
 
-    def _along(self, x_Gn: Tensor) -> Tensor:
-        """(G, K): products with every direction; those to come are 0."""
-        return (self._basis_GKn * x_Gn[:, None]).sum(2)
+    def _along(self, x_Gn: Tensor, known: int) -> Tensor:
+        """(G, known): products with the first directions."""
+        return (self._basis_GKn[:, :known] * x_Gn[:, None]).sum(2)
 
-    def _combined(self, weights_GK: Tensor) -> Tensor:
-        """(G, n): the directions, each times its weight, added up."""
-        return (self._basis_GKn * weights_GK[:, :, None]).sum(1)
+    def _combined(self, weights_Gk: Tensor) -> Tensor:
+        """(G, n): the first directions, each times its weight, added up."""
+        return (self._basis_GKn[:, : weights_Gk.shape[1]] * weights_Gk[:, :, None]).sum(1)
 
 
 def _norms(x_Gn: Tensor) -> Tensor:
