@@ -150,3 +150,20 @@ def test_the_table_notices_every_kind_of_change(kind: str, monkeypatch: pytest.M
 def test_a_tensor_without_memory_in_a_tables_place_is_a_mismatch() -> None:
     x = torch.zeros(3, 3)
     assert not compiled_table([x]).matches([torch.eye(3).to_sparse()])
+
+
+def test_an_op_that_needs_no_cuda_is_served_by_triton_without_complaint(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """But not by the reference: that is a fallback."""
+    from foreshock.ops.rolling_zscore import triton
+
+    monkeypatch.setenv("FORESHOCK_STRICT", "1")
+    monkeypatch.setattr(triton, "why_unavailable", lambda device_type: None)
+    _backend.choose.cache_clear()
+    assert _backend.choose("rolling_zscore", "cuda").backend == "triton"
+    monkeypatch.setattr(triton, "why_unavailable", lambda device_type: "it is off")
+    _backend.choose.cache_clear()
+    with pytest.raises(_backend.BackendUnavailable, match="triton: it is off"):
+        _backend.choose("rolling_zscore", "cuda")
+    _backend.choose.cache_clear()

@@ -4,7 +4,8 @@ Read from the environment once, when an op is first bound:
 
 FORESHOCK_BACKEND   reference, cpu, triton or cuda: use this one or fail
 FORESHOCK_ISA       baseline, avx2, avx512 or neon: instruction set of the cpu backend
-FORESHOCK_STRICT    1: an error instead of a fallback to anything but the preferred backend
+FORESHOCK_STRICT    1: an error instead of a fallback to anything but the preferred backend that
+                    there is for an op
 """
 
 from __future__ import annotations
@@ -80,11 +81,18 @@ def _why_not(op: str, backend: str, device_type: str) -> tuple[ModuleType | None
             importlib.import_module("triton")
         except ImportError as error:
             return None, f"triton is not installed ({error})"
-    name = f"foreshock.ops.{op}.{backend}"
-    if importlib.util.find_spec(name) is None:
-        return None, f"{op} has no implementation in {backend} yet"
+    name = _module_of(op, backend)
+    if name is None:
+        return None, f"{op} has no implementation in {backend}"
     module = importlib.import_module(name)
     return module, module.why_unavailable(device_type)
+
+
+def _module_of(op: str, backend: str) -> str | None:
+    """Name of an implementation; None where none is written, as for an op that CUDA C++ would not
+    serve better than Triton."""
+    name = f"foreshock.ops.{op}.{backend}"
+    return None if importlib.util.find_spec(name) is None else name
 
 
 def _asked_backend() -> str | None:
@@ -115,7 +123,9 @@ def choose(op: str, device_type: str) -> Choice:
             f"FORESHOCK_BACKEND={asked}, but {op} on {device_type} cannot use it: "
             f"{passed_over[str(asked)]}"
         )
-    if passed_over and os.environ.get("FORESHOCK_STRICT") == "1":
+    unwritten = {name for name in passed_over if _module_of(op, name) is None}
+    is_fallback = backend == "reference" or bool(set(passed_over) - unwritten)
+    if passed_over and is_fallback and os.environ.get("FORESHOCK_STRICT") == "1":
         reasons = "; ".join(f"{name}: {why}" for name, why in passed_over.items())
         raise BackendUnavailable(
             f"FORESHOCK_STRICT=1, but {op} on {device_type} would fall back to {backend}: {reasons}"
