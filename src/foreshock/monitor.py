@@ -85,7 +85,7 @@ class MonitorSettings(Settings):
     fingerprint_reference: Path | None = None
     """Directory of an earlier, healthy run whose noise this run's is compared with; None: the
     first steps of this run."""
-    alignment_interval: PositiveInt = 50
+    alignment_interval: PositiveInt = 100
     """Steps between looks at whether an update goes where its gradient points."""
 
 

@@ -18,7 +18,7 @@ _FEWEST = 6
 """Passes of the shortest Lanczos run: below, steps with momentum do more than a run's start."""
 
 _OVER = 1e-6  # what remains of W^T W v is noise when it is this much smaller than the largest
-_SQUARINGS = 60  # after which eigenvalues apart by one rounding are apart by e^100
+_SQUARINGS = 40  # after which eigenvalues apart by 1e-9, which is nothing, are apart by e^1000
 
 
 def advance(
@@ -63,8 +63,11 @@ def _to_ritz_vectors(
         for span in spans:
             span.take_in(k, sizes_M)
     vectors[1] = 0
-    for span in spans:
-        span.put_out_ritz_vectors()
+    weights_MK = _top_eigenvectors(torch.cat([span.T_GKK for span in spans]))
+    for span, weights_GK in zip(
+        spans, weights_MK.split([len(s.T_GKK) for s in spans]), strict=True
+    ):
+        span.put_out_ritz_vectors(weights_GK)
 
 
 class _Span:
@@ -82,7 +85,7 @@ class _Span:
         self._start_Gn = torch.stack(self._vs)
         self._basis_GKn = v_N.new_zeros(len(self._vs), passes, n)
         self._basis_GKn[:, 0] = self._start_Gn
-        self._T_GKK = v_N.new_zeros(len(self._vs), passes, passes)
+        self.T_GKK = v_N.new_zeros(len(self._vs), passes, passes)
 
     def put_out(self, k: int) -> None:
         """Makes direction k the v of each matrix."""
@@ -95,22 +98,22 @@ class _Span:
         y_Gn = torch.stack(self._vs) * sizes_G1
         known = max(k + 1, 2)  # one more is 0; see `_norms`
         along_Gk = self._along(y_Gn, known)
-        self._T_GKK[:, k, k] = along_Gk[:, k]
-        if k + 1 == self._T_GKK.shape[1]:
+        self.T_GKK[:, k, k] = along_Gk[:, k]
+        if k + 1 == self.T_GKK.shape[1]:
             return
         rest_Gn = y_Gn - self._combined(along_Gk)
         rest_Gn = rest_Gn - self._combined(self._along(rest_Gn, known))
         beta_G1 = _norms(rest_Gn)
-        largest_G1 = self._T_GKK.diagonal(dim1=1, dim2=2).amax(1, keepdim=True)
+        largest_G1 = self.T_GKK.diagonal(dim1=1, dim2=2).amax(1, keepdim=True)
         is_new_G1 = beta_G1 > _OVER * largest_G1
         offdiagonal_G = torch.where(is_new_G1, beta_G1, 0)[:, 0]
-        self._T_GKK[:, k, k + 1] = self._T_GKK[:, k + 1, k] = offdiagonal_G
+        self.T_GKK[:, k, k + 1] = self.T_GKK[:, k + 1, k] = offdiagonal_G
         self._basis_GKn[:, k + 1] = torch.where(is_new_G1, rest_Gn / beta_G1, 0)
 
-    def put_out_ritz_vectors(self) -> None:
-        """Makes the best direction of the span the v of each matrix; where there is none, the
+    def put_out_ritz_vectors(self, weights_GK: Tensor) -> None:
+        """Makes the direction of these weights the v of each matrix; where there is none, the
         first."""
-        ritz_Gn = self._combined(_top_eigenvectors(self._T_GKK))
+        ritz_Gn = self._combined(weights_GK)
         length_G1 = _norms(ritz_Gn)
         found_Gn = torch.where(length_G1 > 0.5, ritz_Gn / length_G1, self._start_Gn)
         torch._foreach_copy_(self._vs, list(found_Gn.unbind()))
