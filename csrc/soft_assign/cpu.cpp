@@ -105,6 +105,14 @@ Summary settle(T* d2, int64_t codes, int64_t padded) {
     return {0, kInfinity, static_cast<double>(codes), 0};
 }
 
+// Within what T holds, so that it makes no NaN of 0 or of infinity.
+template <class T>
+T find_inverse(double temperature) {
+    constexpr double kMost = sizeof(T) == sizeof(float) ? 0x1p126 : 0x1p1022;
+    const double inverse = 1 / temperature;
+    return static_cast<T>(inverse > kMost ? kMost : inverse < 1 / kMost ? 1 / kMost : inverse);
+}
+
 // Replaces the squared distances d2 by e^t.
 template <class T>
 Summary summarise(T* d2, int64_t codes, int64_t padded, T inverse_temperature) {
@@ -171,7 +179,7 @@ struct Forward {
 
     void conclude(int64_t row, T* d2) const {
         const Summary found =
-            summarise(d2, shape.codes, shape.padded, static_cast<T>(1 / temperature));
+            summarise(d2, shape.codes, shape.padded, find_inverse<T>(temperature));
         const double log_sum = __builtin_log(found.sum);
         double entropy = log_sum - found.weighted / found.sum;
         if (!is_negligible<T>(eps, shape.codes) && found.sum == found.sum) {
@@ -214,11 +222,15 @@ Vector<T> logarithm_term(Vector<T> p, T eps) {
     return p > Vector<T>{} ? term : Vector<T>{};
 }
 
-// With `weights` for each row and code: adds weight * (x - c) to the vectors of each row's
-// gradient, and takes it from the centers'.
+// Features whose gradients are summed up together: those of the rows stay in the first-level cache.
+constexpr int64_t kSpreadFeatures = 32;
+
+// With `weights` for each row and code, and the rows of each feature together in `of_x`: adds
+// weight * (x - c) to the vectors of each row's gradient, and takes it from the centers'.
 template <int kCount, bool kHasX, bool kHasCenters, class T>
 void spread(const T* x, const T* packed, const T* weights, int64_t features, int64_t padded,
-            T* of_x, T* of_centers) {
+            int64_t begin, T* of_x, T* of_centers) {
+    const int64_t end = begin + kSpreadFeatures < features ? begin + kSpreadFeatures : features;
     for (int64_t code = 0; code < padded; code += kStep<T>) {
         Vector<T> w[kCount][kParts];
         for (int r = 0; r < kCount; ++r) {
@@ -228,7 +240,7 @@ void spread(const T* x, const T* packed, const T* weights, int64_t features, int
         }
         const T* tile = packed + code * features;
         T* to = of_centers + code * features;
-        for (int64_t d = 0; d < features; ++d) {
+        for (int64_t d = begin; d < end; ++d) {
             const T* from = tile + d * kStep<T>;
             const Vector<T> c[kParts] = {load(from), load(from + kLanes<T>)};
             Vector<T> sums[kParts] = {};
@@ -238,7 +250,7 @@ void spread(const T* x, const T* packed, const T* weights, int64_t features, int
                 const Vector<T> first = of_row - c[0];
                 const Vector<T> second = of_row - c[1];
                 if constexpr (kHasX) {
-                    T* sum = of_x + (r * features + d) * kLanes<T>;
+                    T* sum = of_x + (d * kCount + r) * kLanes<T>;
                     store(sum, load(sum) + w[r][0] * first + w[r][1] * second);
                 }
                 sums[0] += w[r][0] * first;
@@ -289,7 +301,7 @@ struct Backward {
     // Replaces the squared distances d2 of a row by twice the gradient in each.
     void weigh(int64_t row, T* d2) const {
         const Summary found =
-            summarise(d2, shape.codes, shape.padded, static_cast<T>(1 / temperature));
+            summarise(d2, shape.codes, shape.padded, find_inverse<T>(temperature));
         const double of_distance = grads[row];
         const double of_length = grads[shape.rows + row];
         const double of_entropy = grads[2 * shape.rows + row];
@@ -326,21 +338,18 @@ struct Backward {
         T* to_x = weights + kMostRows * shape.padded;
         find_distances<kCount>(rows, packed, shape.features, shape.padded, weights);
         for (int r = 0; r < kCount; ++r) weigh(row + r, weights + r * shape.padded);
-        if (grad_x == nullptr) {
-            spread<kCount, false, true>(rows, packed, weights, shape.features, shape.padded, to_x,
-                                        to_centers);
-            return;
-        }
         std::memset(to_x, 0, static_cast<size_t>(elements) * FORESHOCK_VECTOR_BYTES);
-        if (grad_centers == nullptr) {
-            spread<kCount, true, false>(rows, packed, weights, shape.features, shape.padded, to_x,
-                                        to_centers);
-        } else {
-            spread<kCount, true, true>(rows, packed, weights, shape.features, shape.padded, to_x,
-                                       to_centers);
+        const auto chosen = grad_x == nullptr         ? spread<kCount, false, true, T>
+                            : grad_centers == nullptr ? spread<kCount, true, false, T>
+                                                      : spread<kCount, true, true, T>;
+        for (int64_t begin = 0; begin < shape.features; begin += kSpreadFeatures) {
+            chosen(rows, packed, weights, shape.features, shape.padded, begin, to_x, to_centers);
         }
+        if (grad_x == nullptr) return;
         T* to = grad_x + row * shape.features;
-        for (int64_t i = 0; i < elements; ++i) to[i] = add_lanes(to_x + i * kLanes<T>);
+        for (int64_t i = 0; i < elements; ++i) {
+            to[i % kCount * shape.features + i / kCount] = add_lanes(to_x + i * kLanes<T>);
+        }
     }
 
     static void run(void* context, int64_t task) {

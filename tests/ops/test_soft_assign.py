@@ -148,6 +148,19 @@ def test_huge_distances_bring_no_nan(implementation: str, size: float, dtype: to
     assert not x.grad[:2].isnan().any()
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e300])
+def test_temperatures_beyond_float32(implementation: str, temperature: float) -> None:
+    x, centers = torch.randn(20, 3), torch.randn(9, 3)
+    if implementation != "centred":  # which it would be by such a center
+        centers[4] = torch.finfo(torch.float32).max
+    code = soft_assign(x, centers, temperature=temperature)
+    assert torch.equal(code.best_index, direct(x, centers)["best_index"])
+    sure = temperature < 1
+    for part in (code.length, code.entropy):
+        assert part.isfinite().all()
+        assert not sure or part.abs().max() < 1e-6
+
+
 def test_a_nan_is_never_an_answer_that_looks_normal(implementation: str) -> None:
     """Trap 27."""
     x, centers = torch.randn(12, 5), torch.randn(20, 5)

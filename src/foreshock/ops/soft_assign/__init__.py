@@ -72,7 +72,7 @@ def soft_assign(
         RuntimeError: for a derivative of a derivative.
     Cost:
         N K D differences, twice that again for the gradient, which recomputes them. Memory is
-        O(N + K D) on the CPU, where x is read as it lies; elsewhere x is copied once, centred.
+        O(N + K D) on the CPU, where x is read as it lies; elsewhere x is copied once.
     Source:
         The formulas above; csrc/soft_assign.
     """
@@ -102,7 +102,8 @@ def soft_assign(
         surprise = surprise + beta_distance * distance.log1p()
     probs = None
     if return_probs:
-        p_NK = reference.probs(*register.centred(x_ND, centers), float(temperature))
+        wide_KD = centers.to(register.computed_dtype(x, centers))
+        p_NK = reference.probs(x_ND, wide_KD, float(temperature))
         probs = p_NK.view(*shape, len(centers))
     return SoftCode(best_index, distance, length, entropy, surprise, probs)
 

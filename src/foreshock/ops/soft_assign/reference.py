@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Rows and centers are taken as they lie, not centred: float64 has the digits.
+IS_DIRECT = True
+
 _ELEMENTS = 1 << 20  # of rows times codes that are held at a time
 
 Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -69,8 +72,10 @@ def backward(
     temperature: float,
     eps: float,
     saved: Saved,
+    *,
+    needs: tuple[bool, bool] = (True, True),
 ) -> tuple[Tensor, Tensor]:
-    """Gradients in x (N, D) and centers (K, D); `saved` is what `forward` returned.
+    """Gradients in x (N, D) and centers (K, D), both; `saved` is what `forward` returned.
 
     With z = -d2 / T and h_k = log(p_k + eps) + p_k / (p_k + eps):
         dL/dz_k = -(p_b / (p_b + eps)) ([k = b] - p_k),   dH/dz_k = p_k (sum_j p_j h_j - h_k).
@@ -82,7 +87,7 @@ def backward(
     for begin in range(0, len(x), step):
         rows = slice(begin, begin + step)
         x_ND, best_N1 = x[rows], saved[0][rows, None]
-        p_NK = probs(x_ND, centers, temperature)
+        p_NK = probs(x_ND, centers, temperature)  # float64
         h_NK = torch.where(p_NK > 0, (p_NK + eps).log() + p_NK / (p_NK + eps), 0)
         best_p = p_NK.gather(1, best_N1)
         pull = grad_length[rows, None] * best_p / (best_p + eps)

@@ -38,7 +38,10 @@ def centred(x_ND: Tensor, centers_KD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _bind(x: Tensor, centers: Tensor) -> tuple[ModuleType, Tensor, Tensor]:
-    """The implementation, and x and centers as it takes them: (N, D) and (K, D), contiguous."""
+    """The implementation, and x and centers as it takes them: (N, D) and (K, D), contiguous.
+
+    One that says IS_DIRECT takes them as they lie, half types too; others take them centred.
+    """
     module = choose("soft_assign", x.device.type).module
     if getattr(module, "IS_DIRECT", False):
         dtype = computed_dtype(x, centers)
