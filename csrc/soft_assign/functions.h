@@ -99,7 +99,8 @@ Vector<T> not_below_least(Vector<T> x) {
     return x < least ? least : x;
 }
 
-// e^x for kLeastExponent <= x <= 0, where 2^n is normal: within 1 unit in the last place.
+// e^x for kLeastExponent <= x <= 0, where 2^n is normal; measured: within 1.2 units in the
+// last place, and 2.6 for the logarithm below.
 template <class T>
 Vector<T> exponential(Vector<T> x) {
     using S = Simd<T>;
