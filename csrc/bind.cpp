@@ -19,6 +19,7 @@
 #include "health_scan/kernel.h"
 #include "power_iteration/kernel.h"
 #include "rolling_zscore/kernel.h"
+#include "soft_assign/kernel.h"
 
 namespace py = pybind11;
 
@@ -368,4 +369,5 @@ PYBIND11_MODULE(_kernels, m) {
     health_scan::register_entry_points(Registrar(m, "health_scan"));
     power_iteration::register_entry_points(Registrar(m, "power_iteration"));
     rolling_zscore::register_entry_points(Registrar(m, "rolling_zscore"));
+    soft_assign::register_entry_points(Registrar(m, "soft_assign"));
 }

@@ -10,6 +10,7 @@ from foreshock.ops.power_iteration import (
     power_iteration,
 )
 from foreshock.ops.rolling_zscore import RollingZScore
+from foreshock.ops.soft_assign import SoftCode, soft_assign
 
 __all__ = [
     "HealthScanner",
@@ -17,9 +18,11 @@ __all__ = [
     "PowerIterator",
     "PowerState",
     "RollingZScore",
+    "SoftCode",
     "SpectralStats",
     "active_backends",
     "health_scan",
     "kappa",
     "power_iteration",
+    "soft_assign",
 ]

@@ -82,6 +82,15 @@ def local_tensors(
     return given if _are_acceptable(given, dtypes) else _check_each(given, dtypes, name)
 
 
+def local_tensor(tensor: torch.Tensor, dtypes: Sequence[torch.dtype], name: str) -> torch.Tensor:
+    """The same for an argument that is one tensor; gradients flow through what is no DTensor."""
+    if tensor is None:
+        raise TypeError(f"{name} is None; accepted: a tensor")
+    local = _local(tensor, name)
+    _check(local, dtypes, name)
+    return local
+
+
 def _are_acceptable(given: list[torch.Tensor | None], dtypes: Sequence[torch.dtype]) -> bool:
     """The usual case, looked at a property at a time: a third of the price of tensor by tensor."""
     if not {type(t) for t in given} <= _PLAIN_OR_NONE:

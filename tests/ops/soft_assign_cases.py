@@ -1,0 +1,59 @@
+"""What the tests of soft_assign share: implementations, and the definition, done directly."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from foreshock.ops._backend import Choice, supported_isas
+from foreshock.ops.soft_assign import cpu, reference
+
+MODULES: dict[str, Any] = {
+    "reference": reference,
+    # What an implementation is given that wants x and centers centred, and always gives both
+    # gradients.
+    "centred": SimpleNamespace(forward=reference.forward, backward=reference.backward),
+    **{
+        f"cpu-{isa}": SimpleNamespace(
+            IS_DIRECT=True,
+            forward=functools.partial(cpu.forward, isa=isa),
+            backward=functools.partial(cpu.backward, isa=isa),
+        )
+        for isa in supported_isas()
+    },
+}
+COMPILED = [name for name in MODULES if name.startswith("cpu")]
+SCALARS = ("distance", "length", "entropy", "surprise")
+
+
+def use(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = Choice(name, MODULES[name], {})
+    register = importlib.import_module("foreshock.ops.soft_assign.register")
+    monkeypatch.setattr(register, "choose", lambda *_: choice)
+
+
+def direct(
+    x: Tensor, centers: Tensor, temperature: float = 1.0, eps: float = 1e-12
+) -> dict[str, Tensor]:
+    """The definition in float64, with every difference; differentiable by autograd."""
+    x, centers = x.double(), centers.double()
+    d2 = torch.stack([(x - c).square().sum(-1) for c in centers], -1)
+    p = (-d2 / temperature).softmax(-1)
+    distance, best = d2.min(-1)
+    length = -(p.gather(-1, best[..., None])[..., 0] + eps).log()
+    entropy = -torch.special.xlogy(p, p + eps).sum(-1)
+    return {
+        "best_index": best,
+        "distance": distance,
+        "length": length,
+        "entropy": entropy,
+        "surprise": length + entropy,
+        "probs": p,
+        "d2": d2,
+    }
