@@ -209,7 +209,6 @@ def _soft_assign_weights_kernel(  # type: ignore[no-untyped-def]
     weight = weight * inverse_temperature + grad_distance[:, None] * is_best
     # What overflowed stays what it is when x moves a little.
     weight = tl.where(d2 >= F.MOST, 0, weight)
-    weight = tl.where(is_row[:, None], weight, 0)
     tl.store(by_row_ptr + in_slab[:, None] * slab_codes + code[None, :], weight)
     tl.store(by_code_ptr + code[None, :] * slab_rows + in_slab[:, None], weight)
 
@@ -462,12 +461,13 @@ def _backward_slab(
 
 
 def _gradient_columns(features: int) -> int:
-    return min(max(8, triton.next_power_of_2(features)), GRADIENT_COLUMNS)
+    power: int = triton.next_power_of_2(features)
+    return min(max(8, power), GRADIENT_COLUMNS)
 
 
 def _cuts(slab_rows: int, k: int, features: int) -> int:
     """Into how many parts the rows of a slab are cut for the gradient of the centers."""
-    blocks = triton.cdiv(k, GRADIENT_ROWS) * triton.cdiv(features, _gradient_columns(features))
+    blocks: int = triton.cdiv(k, GRADIENT_ROWS) * triton.cdiv(features, _gradient_columns(features))
     return min(max(1, PROGRAMS // blocks), slab_rows // BLOCK)
 
 
