@@ -108,7 +108,7 @@ def test_the_muon_ratio_is_that_of_the_matrix_that_fills_its_room_most() -> None
     assert without.muon_ratio is without.muon_ratio_matrix is None
 
 
-def test_second_moments_are_looked_at_at_the_interval_where_there_are_some() -> None:
+def test_second_moments_are_looked_at_every_fifty_steps_where_there_are_some() -> None:
     model = nn.Linear(4, 3)
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.5))
     watch = SpectralWatch(dict(model.named_parameters()), optimizer, interval=10)
@@ -116,8 +116,9 @@ def test_second_moments_are_looked_at_at_the_interval_where_there_are_some() -> 
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
-    assert watch.observe(10, is_stepped=True).second_moment_rms == pytest.approx(1, rel=1e-5)
-    assert watch.observe(11, is_stepped=True).second_moment_rms is None
+    assert watch.observe(10, is_stepped=True).second_moment_rms is None
+    assert watch.observe(50, is_stepped=True).second_moment_rms == pytest.approx(1, rel=1e-5)
+    assert watch.observe(51, is_stepped=True).second_moment_rms is None
     sgd = SpectralWatch(dict(model.named_parameters()), torch.optim.SGD(model.parameters(), 0.1))
     assert sgd.observe(0, is_stepped=False).second_moment_rms is None
 

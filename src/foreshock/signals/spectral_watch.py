@@ -25,6 +25,8 @@ from foreshock.signals.spectral_tracker import SpectralReading, SpectralTracker
 
 _READ_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _MOST_PASSES = 14
+_MOMENT_STEPS = 50
+"""Fewest steps between looks at the second moments, which cost twenty times a pass."""
 # Columns of SpectralStats.packed.
 _SIGMA_MAX, _KAPPA, _STABLE_RANK = 0, 2, 3
 
@@ -147,7 +149,7 @@ class SpectralWatch:
         Cost:
             min(k, 14) reads of the matrices, k steps after the last look; 14 the first time. Some
             hundred microseconds on the host, and one synchronisation per device. At the interval,
-            but not at the looks between, also the passes of `second_moment_rms`.
+            but at most every 50 steps, also the passes of `second_moment_rms`.
         """
         self.begin(step, is_stepped=is_stepped)
         observation = self.collect()
@@ -160,7 +162,8 @@ class SpectralWatch:
         self._last_step = step
         passes = min(max(gap, 1), _MOST_PASSES)
         found = [(where, Later(it(warm_iters=passes).packed)) for where, it in self._iterators]
-        rms = self._second_moment_rms(is_stepped) if step % self._interval == 0 else None
+        is_due = step % max(self._interval, _MOMENT_STEPS) == 0
+        rms = self._second_moment_rms(is_stepped) if is_due else None
         self._begun = _Begun(step, found, rms)
 
     def collect(self) -> SpectralObservation | None:
