@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import rows
-from benchmarks.ceiling import read_probe
+from benchmarks.ceiling import copy_probe, read_probe
 from benchmarks.health_scan import gpt2_shapes
 from benchmarks.interleave import Timing, microseconds_of_call, time_in_turn
 from foreshock.drill.gpt import Recipe, build, next_token_loss
@@ -27,12 +28,28 @@ from foreshock.signals import SpectralWatch
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHAPES = {"1024^2": (1024, 1024), "4096^2": (4096, 4096), "11008 x 4096": (11008, 4096)}
 
+LLAMA_8B_LAYER = [
+    *[(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096)],
+    *[(14336, 4096), (14336, 4096), (4096, 14336)],
+]
+# Of single matrices so many that no cache holds them, in a call each.
+ALONE = {
+    "16 times one 4096 x 4096": [(4096, 4096)] * 16,
+    "6 times one 11008 x 4096": [(11008, 4096)] * 6,
+    "6 times one 4096 x 11008": [(4096, 11008)] * 6,
+}
+TOGETHER = {
+    "GPT-2 124M": [shape for shape in gpt2_shapes() if len(shape) > 1],
+    "8 layers of Llama 8B": LLAMA_8B_LAYER * 8,
+}
+GPU_CASES: dict[str, list[tuple[int, ...]]] = {**ALONE, **TOGETHER}
+
 Pair = tuple[Tensor, Tensor]
 
 
 def fresh_vectors(weights: list[Tensor]) -> Tensor:
     layouts = [layout_of(w) for w in weights]
-    return PowerState.cold(layouts, range(len(weights)), 0, torch.device("cpu")).vectors
+    return PowerState.cold(layouts, range(len(weights)), 0, weights[0].device).vectors
 
 
 def passes(weights: list[Tensor], isa: str) -> tuple[Callable[[], object], float]:
@@ -275,3 +292,43 @@ def test_overhead_of_a_call(benchmark: Any) -> None:
     benchmark.pedantic(checked, rounds=100, iterations=10)
     found = {name: {"median_us": us} for name, us in taken.items()}
     rows.store("power_iteration_call", "50 matrices of one element", "cpu", found)
+
+
+def bound(module: Any, lists: list[list[Tensor]]) -> Callable[[], object]:
+    """Passes over lists of weights, a call each; the first pass is compared with the reference."""
+    calls = []
+    for each in lists:
+        packed, right = torch.full((2, len(each), 5), math.nan, dtype=torch.float64, device="cuda")
+        calls.append(module.bind(each, fresh_vectors(each), packed))
+        calls[-1]()
+        reference.bind(each, fresh_vectors(each), right)()
+        torch.testing.assert_close(packed, right, rtol=2e-5, atol=0)
+    return lambda: [call() for call in calls]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", GPU_CASES)
+def test_on_the_gpu(benchmark: Any, case: str, dtype: str) -> None:
+    """One pass; bytes are counted once, and a copy's both when read and when written."""
+    torch.manual_seed(0)
+    from foreshock.ops.power_iteration import cuda, triton
+
+    weights = [torch.randn(shape, device="cuda").to(DTYPES[dtype]) for shape in GPU_CASES[case]]
+    lists = [[weight] for weight in weights] if case in ALONE else [weights]
+    num_bytes = sum(weight.nbytes for weight in weights)
+    pairs = [(w, torch.randn(w.shape[1], device="cuda").to(w.dtype)) for w in weights]
+    variants: dict[str, Callable[[], object]] = {
+        "device copy (ceiling)": copy_probe(num_bytes // 2, "cuda"),
+        "foreshock cuda": bound(cuda, lists),
+        "foreshock triton": bound(triton, lists),
+    }
+    if case in ALONE:
+        torch._dynamo.reset()  # or the shapes of all tests are counted, and some are too many
+        compiled = torch.compile(eager_step, dynamic=False)
+        variants["torch.compile, the whole step"] = lambda: [compiled(w, v) for w, v in pairs]
+    for name, form in EAGER.items():
+        variants[name] = lambda form=form: [form(w, v) for w, v in pairs]  # type: ignore[misc]
+    timings = time_in_turn(benchmark, variants, rounds=31, device="cuda")
+    found = as_rows(timings, "foreshock cuda", num_bytes, {})
+    rows.store("power_iteration", f"one pass, {case} {dtype}", "cuda", found)

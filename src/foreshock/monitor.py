@@ -54,7 +54,9 @@ for."""
 class MonitorSettings(Settings):
     """Cadence of the monitor; what may be done about a bad step is `Guard`'s."""
 
-    accepted_beside: ClassVar[tuple[str, ...]] = ("model", "optimizer", "out_dir", "guard", "state")
+    accepted_beside: ClassVar[tuple[str, ...]] = (
+        "model", "optimizer", "out_dir", "guard", "state", "sync"
+    )  # fmt: skip
 
     telemetry_interval: PositiveInt = 10
     """Steps between telemetry records; events are recorded as they happen."""
@@ -71,7 +73,8 @@ class MonitorSettings(Settings):
     """Shell patterns for those that are not, though `spectral_include` names them."""
     spectral_warmup: NonNegativeInt = 300
     """First steps in which no level is answered: a model that begins to learn is restless. Nor is
-    one in the `spectral.span` steps after a rollback."""
+    one in the `spectral.span` steps after a rollback, and until `spectral.patience` more have been
+    seen. A level that then still holds is answered."""
     spectral_response: Literal["log", "act"] = "log"
     """log: record what a level calls for. act: do it, unless the guard only observes. WARNING: a
     snapshot after the next clean step. DANGER: that, and a lower learning rate. INSTABILITY:
@@ -127,9 +130,10 @@ class Monitor:
         TypeError, ValueError: naming the argument, what was given and what is accepted.
         OSError: out_dir cannot be written to.
     Cost:
-        Per step one read of the gradients and one of the parameters and, on an accelerator, one
-        synchronisation for each. Snapshots (in `recover` mode) copy model and optimizer into host
-        memory. Every `spectral_interval` steps up to 14 reads of the weight matrices.
+        Per step one read of the gradients and one of the parameters. On an accelerator each is
+        waited for, unless the verdict is that of the step before (see `sync`). Snapshots (in
+        `recover` mode) copy model and optimizer into host memory. Every `spectral_interval` steps
+        up to 14 reads of the weight matrices.
     """
 
     def __init__(
@@ -210,7 +214,7 @@ class Monitor:
             self._watch,
             self._guard,
             warmup=given.spectral_warmup,
-            settling=given.spectral.span or given.spectral.window,
+            settling=(given.spectral.span or given.spectral.window) + given.spectral.patience,
             lags=isinstance(self._watch, LaggingWatch),
             may_act=given.spectral_response == "act",
             record=self._record,
@@ -285,7 +289,7 @@ class Monitor:
         Args:
             loss: its loss, a number or a tensor with one element.
         Returns:
-            Verdict, false when training is to stop.
+            Verdict, false when training is to stop; `Verdict.step` says on which step (see `sync`).
         Raises:
             TypeError: loss is neither.
         """
@@ -331,7 +335,8 @@ class Monitor:
                 self._own(self._risk.look_once_more)
             self._gate.remove()
             if self._noise is not None:
-                self._noise.save(self._journal.out_dir)
+                save = functools.partial(self._noise.save, self._journal.out_dir)
+                self._safely(save, None)
             self._journal.close()
             self._summary = self._write_summary()
         return self._summary

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,6 +18,8 @@ from foreshock.signals import FingerprintSettings, NoiseFingerprint, update_alig
 _log = logging.getLogger("foreshock")
 
 FILE_NAME = "fingerprint.json"
+
+T = TypeVar("T")
 
 
 class NoiseWatch:
@@ -68,9 +70,9 @@ class NoiseWatch:
 
         Cost: some 200 microseconds.
         """
-        if self._is_broken:
+        now = self._safely(self._fingerprint.read)
+        if now is None:
             return {}
-        now = self._fingerprint.read()
         return {
             "theta": now.theta,
             "theta_healthy": now.theta_healthy,
@@ -127,11 +129,12 @@ class NoiseWatch:
         if found is not None:
             self._fingerprint.note_update(*found.get().tolist())
 
-    def _safely(self, work: Callable[[], object]) -> None:
+    def _safely(self, work: Callable[[], T]) -> T | None:
         if self._is_broken:
-            return
+            return None
         try:
-            work()
+            return work()
         except Exception:
             _log.exception("foreshock no longer follows the noise of the run")
             self._is_broken = True
+            return None

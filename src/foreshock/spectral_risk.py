@@ -25,6 +25,8 @@ T = TypeVar("T")
 class SpectralRisk:
     """Looks at the spectra when it is time to, and answers a level that has risen.
 
+    A level that was reached while none is answered, and still holds after that, is answered then.
+
     Args:
         spectra: of the model's weights.
         watch: asked for what a level calls for.
@@ -58,6 +60,7 @@ class SpectralRisk:
         self._record = record
         self._seen: SpectralObservation | None = None
         self._highest = RiskLevel.STABLE
+        self._answered = RiskLevel.STABLE
         self._is_broken = False
 
     @property
@@ -80,11 +83,11 @@ class SpectralRisk:
         return self._answer_what_is_seen()
 
     def look_once_more(self) -> None:
-        """At the end of a run, whether it is time to or not."""
-        self._safely(self._spectra.collect)
-        if self._spectra.names:
+        """At the end of a run, where there is nothing left to be answered."""
+        self._take_in()
+        if self._spectra.can_begin(self._watch.step):
             self._safely(self._begin)
-            self._answer_what_is_seen()
+            self._take_in()
 
     def _begin_if_due(self) -> None:
         if self._spectra.is_due(self._watch.step):
@@ -94,25 +97,35 @@ class SpectralRisk:
         self._spectra.begin(self._watch.step, is_stepped=self._watch.was_stepped)
 
     def _answer_what_is_seen(self) -> bool:
+        reading = self._take_in()
+        if reading is None:
+            return False
+        self._answered = min(self._answered, reading.level)
+        if reading.level <= self._answered or reading.step < self._quiet_until:
+            return False
+        self._answered = reading.level
+        return self._answer(reading.step, reading.level)
+
+    def _take_in(self) -> SpectralReading | None:
+        """What was seen, if anything was; tells of a level that has changed."""
         before = self._spectra.level
         seen = self._safely(self._spectra.collect)
         if seen is None:
-            return False
+            return None
         self._seen = seen
         reading = seen.reading
-        if reading.level is before:
-            return False
-        measured = (reading.kappa, reading.slope, reading.volatility)
-        changed = (reading.step, reading.level, before, *measured, _worst(reading))
-        self._record(RiskLevelChanged(*changed))
-        if reading.level < before or reading.step < self._quiet_until:
-            return False
-        self._highest = max(self._highest, reading.level)
-        return self._answer(reading.step, reading.level)
+        if reading.level is not before:
+            measured = (reading.kappa, reading.slope, reading.volatility)
+            changed = (reading.step, reading.level, before, *measured, _worst(reading))
+            self._record(RiskLevelChanged(*changed))
+        if reading.step >= self._quiet_until:
+            self._highest = max(self._highest, reading.level)
+        return reading
 
     def note_rollback(self, step: int) -> None:
         """The guard has rolled back from this step."""
         self._quiet_until = max(self._quiet_until, step + self._settling)
+        self._answered = RiskLevel.STABLE
 
     def _safely(self, work: Callable[[], T]) -> T | None:
         """A fault in here ends the following of spectra, and nothing else."""

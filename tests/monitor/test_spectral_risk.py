@@ -218,16 +218,34 @@ def test_the_first_steps_are_not_answered(tmp_path: Path) -> None:
     assert summary["spectral"]["highest_risk_level"] == "STABLE"
 
 
-def test_for_some_steps_after_a_rollback_no_level_is_answered(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("span", "rollbacks"), [(25, []), (15, [30])], ids=["quiet", "over"])
+def test_for_some_steps_after_a_rollback_no_level_is_answered(
+    tmp_path: Path, span: int, rollbacks: list[int]
+) -> None:
+    """One that lasts until that time is over is answered then."""
     run = shaken_run()
     (strike, *_), again = run.strikes, 20
     run.strikes += [dataclasses.replace(strike, step=step) for step in (again, again + 1)]
-    options = {"spectral": fs.signals.SpectralSettings(span=15), "spectral_response": "act"}
+    options = {"spectral": fs.signals.SpectralSettings(span=span), "spectral_response": "act"}
     t.train(run, monitor := monitor_of(run, tmp_path, **options))
     summary = monitor.finalize()
     changed = [r for r in telemetry(tmp_path, "risk_level_changed") if r["step"] > again]
     assert any(r["level"] == "INSTABILITY" for r in changed)
-    assert summary["guard"]["total_rollbacks"] == 1
+    done = [r["step"] for r in telemetry(tmp_path, "rollback_success")]
+    assert done[1:] == rollbacks
+    assert summary["guard"]["total_rollbacks"] == 1 + len(rollbacks)
+
+
+def test_a_level_found_when_the_run_is_over_is_told_of_and_not_answered(tmp_path: Path) -> None:
+    run = shaken_run(first=33, last=34)
+    spectral = fs.signals.SpectralSettings(patience=1)
+    options = {"spectral": spectral, "spectral_interval": 10, "spectral_response": "act"}
+    t.train(run, monitor := monitor_of(run, tmp_path, **options))
+    assert "risk_level_changed" not in events(tmp_path)
+    summary = monitor.finalize()
+    assert events(tmp_path) == ["risk_level_changed"]
+    assert summary["spectral"]["highest_risk_level"] == "INSTABILITY"
+    assert summary["guard"]["total_rollbacks"] == 0
 
 
 def test_a_run_rolled_back_for_another_reason_goes_on_with_the_spectra_of_then(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import pytest
 import torch
@@ -37,6 +39,34 @@ def scan(request: pytest.FixtureRequest) -> Scan:
 @pytest.fixture(params=[name for name in CPU_SCANS if name != "reference"])
 def compiled_scan(request: pytest.FixtureRequest) -> Scan:
     return CPU_SCANS[request.param]
+
+
+def _cases_of(tests: ModuleType) -> ModuleType:
+    """`soft_assign_cases` for `test_soft_assign_calls`: implementations, and how to run on one."""
+    ops = ("power_iteration", "rolling_zscore", "soft_assign")
+    op = next(op for op in ops if op in tests.__name__)
+    return importlib.import_module(f"tests.ops.{op}_cases")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    for fixture, names in {"implementation": "IMPLEMENTATIONS", "compiled": "COMPILED"}.items():
+        if fixture in metafunc.fixturenames:
+            found = getattr(_cases_of(metafunc.module), names)
+            metafunc.parametrize(fixture, list(found), indirect=True)
+
+
+@pytest.fixture
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the op of this module of tests runs on in this test."""
+    _cases_of(request.module).use(request.param, monkeypatch)
+    return str(request.param)
+
+
+@pytest.fixture
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The same, without the reference."""
+    _cases_of(request.module).use(request.param, monkeypatch)
+    return str(request.param)
 
 
 @pytest.fixture(autouse=True)

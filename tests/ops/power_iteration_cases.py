@@ -20,11 +20,11 @@ from foreshock.ops.power_iteration.matrices import layout_of
 
 Bind = Callable[[list[Tensor], Tensor, Tensor], Callable[[], object]]
 
-BINDS: dict[str, Bind] = {
+IMPLEMENTATIONS: dict[str, Bind] = {
     "reference": reference.bind,
     **{f"cpu-{isa}": functools.partial(cpu.bind, isa=isa) for isa in supported_isas()},
 }
-COMPILED = [name for name in BINDS if name != "reference"]
+COMPILED = [name for name in IMPLEMENTATIONS if name != "reference"]
 DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -40,7 +40,7 @@ ABOVE = 1e-6
 
 
 def use(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    choice = Choice(name, SimpleNamespace(bind=BINDS[name]), {})  # type: ignore[arg-type]
+    choice = Choice(name, SimpleNamespace(bind=IMPLEMENTATIONS[name]), {})  # type: ignore[arg-type]
     for module in ("foreshock.ops.power_iteration", "foreshock.ops.power_iteration.register"):
         monkeypatch.setattr(importlib.import_module(module), "choose", lambda *_: choice)
 
@@ -94,14 +94,14 @@ def run_pass(bind: Bind, weights: list[Tensor], vectors: Tensor) -> Pass:
 
 
 def one_pass(name: str, weights: list[Tensor], vectors: Tensor) -> tuple[Tensor, list[Tensor]]:
-    rows, moved = run_pass(BINDS[name], weights, vectors)
+    rows, moved = run_pass(IMPLEMENTATIONS[name], weights, vectors)
     return rows, list(moved.split([layout_of(w).columns for w in weights], dim=1))
 
 
 def assert_same_pass(name: str, weights: list[Tensor]) -> None:
     """A pass of an implementation against the reference's, for every matrix of a list."""
     vectors = random_vectors(weights)
-    assert_agrees(run_pass(BINDS[name], weights, vectors), weights, vectors)
+    assert_agrees(run_pass(IMPLEMENTATIONS[name], weights, vectors), weights, vectors)
 
 
 def assert_agrees(found: Pass, weights: list[Tensor], vectors: Tensor) -> None:

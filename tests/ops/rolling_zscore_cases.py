@@ -20,7 +20,7 @@ from foreshock.ops.rolling_zscore.state import Settings, State
 Bind = Callable[[State, Settings], Callable[[Tensor, Tensor], object]]
 
 CPU = torch.device("cpu")
-MODULES: dict[str, Any] = {
+IMPLEMENTATIONS: dict[str, Any] = {
     "reference": reference,
     **{
         f"cpu-{isa}": SimpleNamespace(
@@ -32,7 +32,7 @@ MODULES: dict[str, Any] = {
         for isa in supported_isas()
     },
 }
-COMPILED = [name for name in MODULES if name != "reference"]
+COMPILED = [name for name in IMPLEMENTATIONS if name != "reference"]
 
 # Against 80-bit floats, |z - expected| / (1 + |expected|). Measured over windows of 1 to 33, every
 # instruction set and `troubled` values: 8e-13 in float64, 5.3e-8 in float32, which is its rounding.
@@ -41,7 +41,7 @@ Z_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1.2e-7}
 
 
 def use(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    choice = Choice(name, MODULES[name], {})
+    choice = Choice(name, IMPLEMENTATIONS[name], {})
     for module in ("foreshock.ops.rolling_zscore", "foreshock.ops.rolling_zscore.register"):
         monkeypatch.setattr(importlib.import_module(module), "choose", lambda *_: choice)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from foreshock.ops._backend import Choice, supported_isas
 from foreshock.ops.soft_assign import cpu, reference
 
-MODULES: dict[str, Any] = {
+IMPLEMENTATIONS: dict[str, Any] = {
     "reference": reference,
     # What an implementation is given that wants x and centers centred, and always gives both
     # gradients.
@@ -28,12 +28,12 @@ MODULES: dict[str, Any] = {
         for isa in supported_isas()
     },
 }
-COMPILED = [name for name in MODULES if name.startswith("cpu")]
+COMPILED = [name for name in IMPLEMENTATIONS if name.startswith("cpu")]
 SCALARS = ("distance", "length", "entropy", "surprise")
 
 
 def use(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    choice = Choice(name, MODULES[name], {})
+    choice = Choice(name, IMPLEMENTATIONS[name], {})
     register = importlib.import_module("foreshock.ops.soft_assign.register")
     monkeypatch.setattr(register, "choose", lambda *_: choice)
 

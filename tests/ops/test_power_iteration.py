@@ -21,9 +21,9 @@ from foreshock.ops.power_iteration.matrices import layout_of
 from foreshock.ops.power_iteration.state import initial_vector
 from tests.ops.power_iteration_cases import (
     ABOVE,
-    BINDS,
     COMPILED,
     DTYPES,
+    IMPLEMENTATIONS,
     VIEWS,
     assert_same_pass,
     error_of,
@@ -33,19 +33,6 @@ from tests.ops.power_iteration_cases import (
     use,
     with_spectrum,
 )
-
-
-@pytest.fixture(params=list(BINDS))
-def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What the public functions run on in this test."""
-    use(request.param, monkeypatch)
-    return str(request.param)
-
-
-@pytest.fixture(params=COMPILED)
-def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    use(request.param, monkeypatch)
-    return str(request.param)
 
 
 @pytest.fixture(autouse=True)
@@ -262,7 +249,7 @@ def test_a_cold_start_reads_the_weights_14_times_and_a_warm_call_once(
         call = reference.bind(*arguments)
         return lambda: (passes.append(1), call())[1]  # type: ignore[func-returns-value]
 
-    monkeypatch.setitem(BINDS, "counting", bind)
+    monkeypatch.setitem(IMPLEMENTATIONS, "counting", bind)
     use("counting", monkeypatch)
     iterator = PowerIterator([torch.randn(30, 20), torch.randn(5, 6)])
     for iters, expected in ((None, 14), (None, 1), (1, 1), (3, 3), (6, 6), (14, 14), (33, 33)):

@@ -17,27 +17,10 @@ from foreshock.ops import PowerIterator, PowerState, kappa, power_iteration
 from foreshock.ops.power_iteration import lanczos
 from foreshock.ops.power_iteration.matrices import Layout, as_matrix, layout_of
 from tests.ops.power_iteration_cases import (
-    BINDS,
-    COMPILED,
     error_of,
     random_vectors,
-    use,
     with_spectrum,
 )
-
-
-@pytest.fixture(params=list(BINDS))
-def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What the public functions run on in this test."""
-    use(request.param, monkeypatch)
-    return str(request.param)
-
-
-@pytest.fixture(params=COMPILED)
-def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    use(request.param, monkeypatch)
-    return str(request.param)
-
 
 # ---- memory
 

@@ -13,16 +13,9 @@ from torch import Tensor
 from foreshock.ops import RollingZScore
 from foreshock.ops.rolling_zscore.state import Settings, State
 from tests.interpreter import NO_EXTENSION, NO_TRITON, run_python
-from tests.ops.rolling_zscore_cases import COMPILED, CPU, MODULES, run, troubled, use
+from tests.ops.rolling_zscore_cases import COMPILED, CPU, IMPLEMENTATIONS, run, troubled, use
 
 PLAIN = Settings.of(2, 0, None, 1e6)
-
-
-@pytest.fixture(params=list(MODULES))
-def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What the public class runs on in this test."""
-    use(request.param, monkeypatch)
-    return str(request.param)
 
 
 # ---- values
@@ -255,7 +248,7 @@ def test_an_object_outlives_what_it_was_made_from() -> None:
 
 def arguments(series: int, window: int, clip: float | None) -> tuple[Any, ...]:
     values = troubled(3 * window, series)
-    _, state = run(MODULES["reference"].bind, values, window, PLAIN, torch.float64)
+    _, state = run(IMPLEMENTATIONS["reference"].bind, values, window, PLAIN, torch.float64)
     return (*state, 2, 0, clip, 1e6)
 
 
@@ -274,7 +267,7 @@ def test_the_op_is_a_push(implementation: str) -> None:
     for _ in range(8):
         x = torch.randn(7)
         found = torch.ops.foreshock.rolling_zscore(x, *mine, 3, 1, clip, z_cap)
-        MODULES[implementation].bind(State(*state), Settings(3, 1, 3.0, 1e6))(x, z)
+        IMPLEMENTATIONS[implementation].bind(State(*state), Settings(3, 1, 3.0, 1e6))(x, z)
         assert torch.equal(found, z)
     assert all(map(torch.equal, state, mine))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from foreshock.ops import SoftCode, soft_assign
 from foreshock.ops._backend import choose
 from tests.interpreter import run_python
-from tests.ops.soft_assign_cases import COMPILED, MODULES, SCALARS, direct, use
+from tests.ops.soft_assign_cases import SCALARS, direct
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float64, torch.float32, *HALF)
@@ -22,19 +22,6 @@ IDS = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
 
 # Against the definition in float64, |found - expected| / (1 + |expected|), with temperature D.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
-
-
-@pytest.fixture(params=list(MODULES))
-def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What the public function runs on in this test."""
-    use(request.param, monkeypatch)
-    return str(request.param)
-
-
-@pytest.fixture(params=COMPILED)
-def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    use(request.param, monkeypatch)
-    return str(request.param)
 
 
 def assert_agrees(code: SoftCode, expected: dict[str, Tensor]) -> None:

@@ -178,6 +178,7 @@ FILES = {
     "telemetry.jsonl": "loss, gradient norm and events, step by step",
     "ledger.jsonl": "what the guard did, each record chained to the one before",
     "summary.json": "the run in numbers",
+    "fingerprint.json": "the noise of the run, for later runs to be compared with",
     "config.json": "settings, versions, backends in use",
 }
 """Files of the run directory, and what is in each."""

@@ -157,8 +157,7 @@ class Inspection:
     ) -> None:
         self._kinds = kinds
         self._copies = [(where, Later(stats.packed)) for where, stats in found]
-        self._packed = [stats.packed for _, stats in found]
-        self._totals = _totals_on_device(self._packed)
+        self._totals = _totals_on_device([stats.packed for _, stats in found])
 
     @property
     def is_bad(self) -> torch.Tensor:

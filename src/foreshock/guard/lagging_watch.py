@@ -128,7 +128,6 @@ class LaggingWatch(Watch):
             return self._current.verdict
         if is_outside and not self.history.has_start:
             self.history.take_if_due(self.step)
-        steps_before = self.step
         settled = self._settle()
         earlier = Verdict(self.step - 1) if settled is None else settled
         now = self._current
@@ -137,7 +136,7 @@ class LaggingWatch(Watch):
             if is_outside:
                 self._forget()
             return earlier
-        now.verdict = Verdict(steps_before)
+        now.verdict = Verdict(self.step)
         report = self._report_on_gradients(even_if_changed=now.was_stepped)
         self._loss = torch.as_tensor(loss).detach()
         report.loss, report.is_unstable = Later(self._loss), is_unstable

@@ -26,7 +26,7 @@ from foreshock.signals.spectral_tracker import SpectralReading, SpectralTracker
 _READ_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _MOST_PASSES = 14
 _MOMENT_STEPS = 50
-"""Fewest steps between looks at the second moments, which cost twenty times a pass."""
+"""Fewest steps between looks at the second moments, which cost some ten passes."""
 # Columns of SpectralStats.packed.
 _SIGMA_MAX, _KAPPA, _STABLE_RANK = 0, 2, 3
 
@@ -135,10 +135,12 @@ class SpectralWatch:
         return max(self.level, self._tracker.raw_level or RiskLevel.STABLE) >= RiskLevel.WARNING
 
     def is_due(self, step: int) -> bool:
-        """Whether the matrices are to be looked at in a step that was not looked at yet."""
-        if not self._matrices or self._last_step == step:
-            return False
-        return step % self._interval == 0 or self.is_restless
+        """Whether the matrices are to be looked at in this step."""
+        return self.can_begin(step) and (step % self._interval == 0 or self.is_restless)
+
+    def can_begin(self, step: int) -> bool:
+        """Whether there is anything to look at, and no look at this step or a later one."""
+        return bool(self._matrices) and (self._last_step is None or self._last_step < step)
 
     def observe(self, step: int, *, is_stepped: bool) -> SpectralObservation:
         """Looks at all matrices as they are now.

@@ -73,8 +73,8 @@ def _to_ritz_vectors(
 class _Span:
     """Of all G matrices of n columns, the K directions found so far and T = V^T A V.
 
-    Together, since a dozen small operations for each matrix and pass would take longer than the
-    passes: 154 ms of 157 for the 19 matrices of the drill's GPT. The sums are over whole rows of
+    Together, since a dozen small operations for each matrix and pass take many times as long as the
+    passes over a small model. The sums are over whole rows of
     more than one, which no number of threads and no other matrix changes.
     """
 

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from foreshock.ops._device import why_no_triton
+from foreshock.ops.soft_assign.reference import Saved
 
 _IS_INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -479,15 +480,15 @@ def backward(
     centers: Tensor,
     temperature: float,
     eps: float,
-    saved: tuple[Tensor, Tensor, Tensor],
+    saved: Saved,
 ) -> tuple[Tensor, Tensor]:
     """Returns the gradients of x and of the centers.
 
     Args:
         grad_distance, grad_length, grad_entropy: (N,), or None for zeros.
         x, centers, temperature, eps: as `forward` took them.
-        saved: best_index, distance and log_normaliser of `forward`. The best code is read; the
-            rest is found once more, together with the sums that only backward needs.
+        saved: what `forward` has returned. The best code is read; the rest is found once more,
+            together with the sums that only backward needs.
 
     Cost: the sweep of `forward`, another over distances, and two sums over the pairs of row and
     code, in slabs of rows of 2 * SLAB numbers. The sums have a fixed order.
