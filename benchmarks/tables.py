@@ -125,6 +125,14 @@ TABLES: dict[str, Callable[[], str]] = {
             ),
         ],
     ),
+    "spectral_risk": lambda: a_table_a_case(
+        "spectral_risk",
+        [
+            count("restless_until", "healthy: WARNING or more until step"),
+            count("loss_doubled_after", "spiked: loss doubled after steps"),
+            count("unstable_after", "spiked: INSTABILITY after steps"),
+        ],
+    ),
     "spikes": lambda: a_table_a_case(
         "spikes",
         [

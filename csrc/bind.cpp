@@ -148,12 +148,42 @@ class TensorTable {
         return true;
     }
 
+    // Whether nothing but addresses differs, as when gradients are made anew at every step: from
+    // now on the table says where these tensors lie. False leaves a table that is to be made anew.
+    bool follow(const py::list& tensors) {
+        if (tensors.size() != entries_.size()) return false;
+        try {
+            return take_addresses(tensors);
+        } catch (const py::builtin_exception&) {  // an element type that no kernel reads
+            return false;
+        } catch (const py::error_already_set&) {  // no memory that could be read
+            return false;
+        }
+    }
+
     std::uintptr_t address() const { return reinterpret_cast<std::uintptr_t>(views_.data()); }
     std::size_t size() const { return views_.size(); }
 
   private:
     friend class VectorReader;
     using Reader = int (*)(void*, dlpack::Tensor*);
+
+    bool take_addresses(const py::list& tensors) {
+        for (std::size_t i = 0; i < entries_.size(); ++i) {
+            PyObject* object = PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i));
+            Entry& entry = entries_[i];
+            if (object == Py_None || Py_TYPE(object) != entry.type) {
+                if (object != Py_None || entry.type != nullptr) return false;
+                continue;
+            }
+            Entry now;
+            describe(object, now);
+            if (!is_shaped_like(now, entry)) return false;
+            views_[i].data = now.data;
+            entry = std::move(now);
+        }
+        return true;
+    }
 
     struct Entry {
         PyTypeObject* type = nullptr;  // null: None stood here
@@ -207,9 +237,12 @@ class TensorTable {
     bool reads_like(const Entry& entry, PyObject* object) const {
         Entry now;
         describe(object, now);
-        return now.data == entry.data && now.device_type == entry.device_type &&
-               now.device_id == entry.device_id && now.dtype == entry.dtype &&
-               now.shape_and_strides == entry.shape_and_strides;
+        return now.data == entry.data && is_shaped_like(now, entry);
+    }
+
+    static bool is_shaped_like(const Entry& a, const Entry& b) {
+        return a.device_type == b.device_type && a.device_id == b.device_id && a.dtype == b.dtype &&
+               a.shape_and_strides == b.shape_and_strides;
     }
 
     void describe(PyObject* object, Entry& entry) const {
@@ -359,6 +392,8 @@ PYBIND11_MODULE(_kernels, m) {
              py::arg("exchange_api"), py::arg("layout"))
         .def("matches", &TensorTable::matches, py::arg("tensors"),
              "Whether these are the same addresses, element types, shapes and strides.")
+        .def("follow", &TensorTable::follow, py::arg("tensors"),
+             "Whether only addresses differ, which are taken over; if not, the table is of no use.")
         .def_property_readonly("address", &TensorTable::address)
         .def("__len__", &TensorTable::size);
     py::class_<VectorReader>(m, "VectorReader", "Looks where vectors of one kind lie.")

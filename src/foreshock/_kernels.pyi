@@ -13,6 +13,10 @@ class TensorTable:
         ...
     def __len__(self) -> int:
         ...
+    def follow(self, tensors: list) -> bool:
+        """
+        Whether only addresses differ, which are taken over; if not, the table is of no use.
+        """
     def matches(self, tensors: list) -> bool:
         """
         Whether these are the same addresses, element types, shapes and strides.

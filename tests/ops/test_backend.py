@@ -147,6 +147,32 @@ def test_the_table_notices_every_kind_of_change(kind: str, monkeypatch: pytest.M
     assert not table.matches(tensors)
 
 
+@pytest.mark.parametrize("kind", ["layout", "exchange"])
+def test_a_table_follows_tensors_that_have_only_moved(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "exchange":
+        monkeypatch.setattr(_table, "_tensor_layout", lambda: None)
+    x, deep = torch.zeros(4, 6), torch.zeros(1, 2, 1, 2, 1, 2, 3)
+    table = compiled_table([x, None, deep])
+    moved = [x.clone(), None, deep.clone()]
+    assert table.follow(moved)
+    assert table.matches(moved)
+    assert not table.matches([x, None, deep])
+    for other in (
+        [x, None],
+        [x, x, deep],
+        [None, None, deep],
+        [x.t(), None, deep],
+        [x.double(), None, deep],
+        [x.int(), None, deep],
+        [torch.nn.Parameter(x), None, deep],
+        [x.to_sparse(), None, deep],
+        [x[:3], None, deep],
+    ):
+        assert not compiled_table([x, None, deep]).follow(other)
+
+
 def test_a_tensor_without_memory_in_a_tables_place_is_a_mismatch() -> None:
     x = torch.zeros(3, 3)
     assert not compiled_table([x]).matches([torch.eye(3).to_sparse()])

@@ -359,6 +359,18 @@ def test_the_scanner_takes_gradients_that_come_and_go() -> None:
     assert scanner([p.grad]).numel.item() == 0
 
 
+@pytest.mark.parametrize("values", [[2.0, 3.0], [2.0, None]], ids=["moved", "gone"])
+def test_tensors_that_have_only_moved_need_no_new_table(values: list[float | None]) -> None:
+    scanner = HealthScanner([torch.ones(5), torch.ones(2)])
+    bound = scanner._scan
+    moved = [
+        None if v is None else torch.full((n,), v) for v, n in zip(values, (5, 2), strict=True)
+    ]
+    assert scanner(moved).sum.tolist() == [10, 2 * (values[1] or 0)]
+    assert scanner().sum.tolist() == [10, 2 * (values[1] or 0)]
+    assert (scanner._scan is bound) == (None not in values)
+
+
 def test_without_the_recheck_the_memory_bound_first_is_read_and_kept_alive() -> None:
     p = torch.nn.Parameter(torch.ones(1000))
     scanner = HealthScanner([p], recheck=False)

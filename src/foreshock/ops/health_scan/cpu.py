@@ -24,7 +24,8 @@ def bind(
 ) -> Callable[[], None]:
     """Returns a call that scans these tensors into `packed`, (T, 6); see `HealthStats.packed`.
 
-    The call owns what it needs but the tensors' memory, which the caller keeps alive.
+    The call owns what it needs but the tensors' memory, which the caller keeps alive. Its `table`
+    can be made to follow tensors that have moved.
     """
     kernels = load_kernels()
     if isinstance(kernels, str):
@@ -34,5 +35,6 @@ def bind(
     kernels.health_scan_plan(table.address, len(table), plan.data_ptr())
     scan = getattr(kernels, f"health_scan_{isa or active_isa()}")
     bound = functools.partial(scan, table.address, len(table), plan.data_ptr(), packed.data_ptr())
-    bound.owns = (table, plan, packed)  # type: ignore[attr-defined]
+    bound.owns = (plan, packed)  # type: ignore[attr-defined]
+    bound.table = table  # type: ignore[attr-defined]
     return bound
