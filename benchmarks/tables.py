@@ -55,6 +55,10 @@ def count(key: str, title: str) -> Column:
     return Column(title, lambda row: str(row[key]))
 
 
+def steps_after(key: str, title: str) -> Column:
+    return Column(title, lambda row: "never" if row[key] is None else f"{row[key]} steps")
+
+
 def percent(key: str, title: str, digits: int = 2, sign: str = "") -> Column:
     return Column(title, lambda row: f"{100 * row[key]:{sign}.{digits}f} %")
 
@@ -129,8 +133,8 @@ TABLES: dict[str, Callable[[], str]] = {
         "spectral_risk",
         [
             count("restless_until", "healthy: WARNING or more until step"),
-            count("loss_doubled_after", "spiked: loss doubled after steps"),
-            count("unstable_after", "spiked: INSTABILITY after steps"),
+            steps_after("loss_doubled_after", "spiked: loss doubled after"),
+            steps_after("unstable_after", "spiked: INSTABILITY after"),
         ],
     ),
     "spikes": lambda: a_table_a_case(
