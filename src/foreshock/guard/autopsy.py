@@ -180,7 +180,7 @@ class Autopsies:
             if not case.has_begun:
                 self._tell(case, Cause.NOT_REPLAYED, why=why)
             elif even_begun:
-                self._tell(case, Cause.NOT_REPLAYED, why="it was, but was not judged")
+                self._tell(case, Cause.NOT_REPLAYED, why="it was run again, but not judged")
 
     def _tell(
         self, case: _Case, cause: Cause, again: Symptoms | None = None, why: str | None = None
@@ -191,7 +191,7 @@ class Autopsies:
             self.end()
         place = None
         if cause is Cause.DETERMINISTIC and again is not None and case.examination is not None:
-            place = case.examination.locate(again)
+            place = case.examination.locate(again, case.batch)
         self._record(
             StepExamined(
                 case.step,

@@ -190,7 +190,9 @@ class TensorSeen:
 
     @property
     def is_finite(self) -> bool:
-        return self.nan + self.inf == 0
+        """Whether all of it is, or it may be a mask, of 0 and infinities."""
+        is_mask = self.nan == 0 and self.min == self.max == 0
+        return is_mask or self.nan + self.inf == 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,6 +205,10 @@ class BatchSeen:
     """Of its contents, as `hash_batch` gives it; None if there is nothing to hash."""
     tensors: tuple[TensorSeen, ...]
     """The first of them."""
+
+    @property
+    def has_nonfinite(self) -> bool:
+        return not all(tensor.is_finite for tensor in self.tensors)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,7 +259,7 @@ class StepExamined:
 
     def __str__(self) -> str:
         if self.cause is Cause.NOT_REPLAYED:
-            return f"not run again, {self.why}"
+            return f"not examined: {self.why}"
         if self.cause is Cause.DETERMINISTIC:
             return f"{self._what_is_wrong()} (deterministic)"
         if self.lr_factor == 1 or self.to_step == self.step:
@@ -266,7 +272,8 @@ class StepExamined:
         batch = "it" if self.batch is None else f"batch {self.batch.index}"
         if place is None:
             reasons = () if self.again is None else self.again.reasons
-            return f"{batch} fails again: {', '.join(reason.value for reason in reasons)}"
+            named = [reason.value for reason in reasons if reason not in _OF_POLICY]
+            return f"{batch} fails again: {', '.join(named)}"
         if place.kind == "module":
             return self._what_is_wrong_in(place, batch)
         if place.kind == "loss":
@@ -300,6 +307,10 @@ class StepExamined:
         if held:
             return f"{batch} holds {_what(held[0].nan)}, and {name} is the first to be given it"
         return f"{batch} gives {name} what is not finite"
+
+
+_OF_POLICY = (Reason.CONSECUTIVE_SKIPS, Reason.TOO_MANY_ROLLBACKS, Reason.NO_SNAPSHOT)
+"""Reasons that are not found in a step but in those before."""
 
 
 def _what(is_nan: object) -> str:

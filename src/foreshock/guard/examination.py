@@ -32,6 +32,8 @@ class Look(NamedTuple):
     path: str
     tensor: torch.Tensor
     """Dense and real."""
+    is_constant: bool
+    """Nothing is to be learned through it."""
     version: int | None
     nan: int
     inf: int
@@ -45,8 +47,9 @@ class Look(NamedTuple):
         return self.nan + self.inf > 0 and not self._is_mask()
 
     def _is_mask(self) -> bool:
-        """Of 0 and -inf, as is added to the scores of an attention."""
-        if self.nan or self.absmax or not self.inf:
+        """Of 0 and -inf, as is added to the scores of an attention; not a logarithm of them."""
+        has_both = 0 < self.inf < self.tensor.numel()
+        if not has_both or not self.is_constant or self.nan or self.absmax:
             return False
         return not bool(read((self.tensor == math.inf).any()))
 
@@ -74,25 +77,33 @@ def look_at(value: Any, path: str = "") -> list[Look]:
 
     Cost: one read of each, a synchronisation per device.
     """
-    found = [(at, t.detach()) for at, t in tensors_in(value, path) if can_scan(t)]
+    found = [(at, t) for at, t in tensors_in(value, path) if can_scan(t)]
     places: dict[torch.device, list[int]] = {}
     for i, (_, tensor) in enumerate(found):
         places.setdefault(tensor.device, []).append(i)
     looks: dict[int, Look] = {}
     for where in places.values():
-        dense = [readable(found[i][1]) for i in where]
+        dense = [readable(found[i][1].detach()) for i in where]
         for i, readable_as, row in zip(where, dense, read(health_scan(dense).packed), strict=True):
             if readable_as is not None:
-                looks[i] = _look(found[i][0], readable_as, row)
+                looks[i] = _look(*found[i], readable_as, row)
     return [looks[i] for i in sorted(looks)]
 
 
-def _look(path: str, tensor: torch.Tensor, row: np.ndarray[Any, Any]) -> Look:
+def _look(path: str, given: torch.Tensor, tensor: torch.Tensor, row: np.ndarray[Any, Any]) -> Look:
     numel, nan, inf = row.view(np.int64)[:3].tolist()
     absmax, total, sumsq = row[3:].tolist()
     count = max(1, numel - nan - inf)
     return Look(
-        path, tensor, _version(tensor), nan, inf, absmax, total / count, math.sqrt(sumsq / count)
+        path,
+        tensor,
+        not given.requires_grad,
+        _version(tensor),
+        nan,
+        inf,
+        absmax,
+        total / count,
+        math.sqrt(sumsq / count),
     )
 
 
@@ -195,6 +206,27 @@ class _Suspect(NamedTuple):
     hides_compiled: bool
 
 
+class _Hook:
+    """A hook whose copies, in a model that is copied or saved in that step, do nothing."""
+
+    def __init__(self, look: Callable[..., None]) -> None:
+        self._look = look
+
+    def __call__(self, *given: Any) -> None:
+        self._look(*given)
+
+    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
+        return _make_idle_hook, ()
+
+
+def _make_idle_hook() -> Callable[..., None]:
+    return _do_nothing
+
+
+def _do_nothing(*given: Any) -> None:
+    """What a copied hook does."""
+
+
 class Examination:
     """Hooks on a model's modules and parameters for one step, until `remove` is called.
 
@@ -228,6 +260,8 @@ class Examination:
         self._num_entered = 0
         self._calls: Counter[str] = Counter()
         self._suspects: list[_Suspect] = []
+        self._first_given: _Suspect | None = None
+        """The first module with inputs that were not finite."""
         self._gradient: tuple[str, TensorSeen] | None = None
         self._compiled: list[str] = []
         self._handles: list[RemovableHandle] = []
@@ -239,13 +273,14 @@ class Examination:
 
     def _install(self, model: nn.Module, parameters: Mapping[str, torch.Tensor]) -> None:
         for name, module in self._with_hooks(model, "", set()):
-            enter = functools.partial(self._enter, name)
-            leave = functools.partial(self._leave, name)
+            enter = _Hook(functools.partial(self._enter, name))
+            leave = _Hook(functools.partial(self._leave, name))
             self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             self._handles.append(module.register_forward_hook(leave))
         for name, p in parameters.items():
             if p.requires_grad:
-                self._handles.append(p.register_hook(functools.partial(self._see_gradient, name)))
+                see = _Hook(functools.partial(self._see_gradient, name))
+                self._handles.append(p.register_hook(see))
 
     def _with_hooks(
         self, module: nn.Module, name: str, known: set[int]
@@ -308,17 +343,18 @@ class Examination:
             return
         call = self._entered.pop()
         outputs = look_at(output, "output")
+        if self._first_given is None and not call.had_finite_inputs:
+            self._first_given = self._suspect(call, module, outputs)
         if not outputs:
             return
         if any(look.is_bad for look in outputs):
-            self._suspect(call, module, outputs)
+            has_one = any(suspect.place.had_finite_inputs for suspect in self._suspects)
+            if not has_one and (call.had_finite_inputs or not self._suspects):
+                self._suspects.append(self._suspect(call, module, outputs))
         else:
             self._suspects = [s for s in self._suspects if not _is_absorbed(s, call)]
 
-    def _suspect(self, call: _Call, module: nn.Module, outputs: list[Look]) -> None:
-        has_one = any(suspect.place.had_finite_inputs for suspect in self._suspects)
-        if has_one or (self._suspects and not call.had_finite_inputs):
-            return
+    def _suspect(self, call: _Call, module: nn.Module, outputs: list[Look]) -> _Suspect:
         own = dict(module.named_parameters(recurse=False))
         place = Place(
             "module",
@@ -330,7 +366,7 @@ class Examination:
             described(outputs),
             described(look_at(own)),
         )
-        self._suspects.append(_Suspect(call.number, place, self._hides_compiled(call.name)))
+        return _Suspect(call.number, place, self._hides_compiled(call.name))
 
     def _hides_compiled(self, name: str) -> bool:
         return any(c != name and (not name or c.startswith(f"{name}.")) for c in self._compiled)
@@ -348,11 +384,12 @@ class Examination:
 
     # ---- what it comes to
 
-    def locate(self, symptoms: Symptoms) -> Place | None:
+    def locate(self, symptoms: Symptoms, batch: BatchSeen | None) -> Place | None:
         """Where the step first went bad.
 
         Args:
             symptoms: what the guard has found in it.
+            batch: of the step, if it is known.
         Returns:
             The place; None if the guard has found nothing that was not finite.
         """
@@ -361,15 +398,13 @@ class Examination:
             return None
         if self._before is not None:
             return Place("before", self._before.name, offender=self._before)
-        why = self._why_unseen()
-        if self._suspects:
-            first = next(
-                (s for s in self._suspects if s.place.had_finite_inputs), self._suspects[0]
-            )
-            if not first.hides_compiled:
-                return first.place
+        first = self._first_suspect(batch is not None and batch.has_nonfinite)
+        if first is not None and not first.hides_compiled:
+            return first.place
+        if first is not None:
             inside = first.place.name or "the model"
             return Place("not_located", why=f"{inside} does it, of which parts are compiled")
+        why = self._why_unseen()
         if why is not None:
             return Place("not_located", why=why)
         if Reason.NONFINITE_LOSS in reasons:
@@ -380,6 +415,14 @@ class Examination:
         if found is not None and found.kind != "gradient":
             return Place("after", found.name, offender=found)
         return Place("not_located", why="forward and backward pass were finite")
+
+    def _first_suspect(self, is_batch_bad: bool) -> _Suspect | None:
+        for suspect in self._suspects:
+            if suspect.place.had_finite_inputs:
+                return suspect
+        if is_batch_bad and self._first_given is not None:
+            return self._first_given
+        return self._suspects[0] if self._suspects else None
 
     def _why_unseen(self) -> str | None:
         if self._is_blind:

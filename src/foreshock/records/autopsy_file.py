@@ -28,9 +28,7 @@ def write_autopsy(
     Cost: as `write_atomically`.
     """
     file = _file_of(step)
-    write_summary(
-        Path(run_dir) / file, {"sentence": sentence, **vars(found)}, redact=redact
-    )
+    write_summary(Path(run_dir) / file, {"sentence": sentence, **vars(found)}, redact=redact)
     return file
 
 
