@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -325,6 +326,33 @@ def test_a_loss_that_falls_under_the_threshold_but_still_spikes_has_not_passed(
     found = read_autopsy(tmp_path, BAD)
     assert found["cause"] == "deterministic"
     assert found["again"]["reasons"] == ["LOSS_SPIKE"]
+
+
+def test_the_example_of_the_documentation_is_what_comes_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "autopsy.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (shown,) = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {"__name__": "example"})
+    written = json.loads((tmp_path / "runs/autopsy/autopsy/step_17.json").read_text())
+    assert_alike(json.loads(shown), written)
+    assert written["sentence"] in page
+
+
+def assert_alike(shown: Any, written: Any) -> None:
+    """The same, but for the last digits of the numbers."""
+    if isinstance(shown, dict):
+        assert list(shown) == list(written)
+        for key, value in shown.items():
+            assert_alike(value, written[key])
+    elif isinstance(shown, list):
+        assert len(shown) == len(written)
+        for one, other in zip(shown, written, strict=True):
+            assert_alike(one, other)
+    else:
+        assert shown == (pytest.approx(written, rel=1e-3) if type(shown) is float else written)
 
 
 def test_gradient_accumulation_names_the_micro_batch(tmp_path: Path) -> None:

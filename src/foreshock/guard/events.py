@@ -297,6 +297,8 @@ class StepExamined:
 
     def _what_is_wrong_in(self, place: Place, batch: str) -> str:
         name = place.name or "the model"
+        if name.rpartition(".")[2].isdigit():
+            name = f"{name} ({place.type})"
         value = _what(any(t.nan for t in place.outputs))
         own = [t for t in place.parameters if not t.is_finite]
         if own:
