@@ -6,6 +6,7 @@ import copy
 import functools
 import io
 import math
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -350,7 +351,8 @@ def test_hooks_of_others_stay_and_still_work() -> None:
 
 def test_a_model_that_is_copied_or_saved_meanwhile_takes_no_live_hook_along() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
-    examination = Examination(model, dict(model.named_parameters()), None, unwelcome)
+    unsaveable = threading.Lock().release  # as what a monitor holds
+    examination = Examination(model, dict(model.named_parameters()), None, unsaveable)
     twin = copy.deepcopy(model)
     file = io.BytesIO()
     torch.save(model, file)
