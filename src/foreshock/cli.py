@@ -107,7 +107,8 @@ def _tell(console: Console, options: DemoOptions, result: DemoResult, seconds: f
         for found in result.autopsies:
             if found["step"] == seen.step:
                 table.add_row("autopsy", f"step {seen.step}: {found['sentence']}")
-                table.add_row("file", f"{options.out_dir / found['file']}  (the same in full)")
+                if found["file"] is not None:
+                    table.add_row("file", f"{options.out_dir / found['file']}  (the same in full)")
         if not options.is_guarded:
             table.add_row("what was done", f"nothing; with the guard: {seen.action.value}")
     if options.is_guarded:
