@@ -109,6 +109,8 @@ def test_the_demo_command_tells_the_story(tmp_path: Path, monkeypatch: pytest.Mo
         "NONFINITE_WEIGHTS",
         "blocks.2.mlp.up.weight: 1 NaN",
         "state of step 10 restored",
+        "step 14: nothing is wrong when it is run again",
+        "autopsy/step_14.json",
         "overhead",
         "telemetry.jsonl",
         "kappa-tilde",

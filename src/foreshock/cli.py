@@ -104,6 +104,11 @@ def _tell(console: Console, options: DemoOptions, result: DemoResult, seconds: f
                     f"learning rate x {event['lr_factor']:g}, returning to x 1"
                 )
                 table.add_row("what was done", did)
+        for found in result.autopsies:
+            if found["step"] == seen.step:
+                table.add_row("autopsy", f"step {seen.step}: {found['sentence']}")
+                if found["file"] is not None:
+                    table.add_row("file", f"{options.out_dir / found['file']}  (the same in full)")
         if not options.is_guarded:
             table.add_row("what was done", f"nothing; with the guard: {seen.action.value}")
     if options.is_guarded:

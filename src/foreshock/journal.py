@@ -13,6 +13,7 @@ from typing import Any
 from foreshock.guard import (
     Aborted,
     AnomalySeen,
+    Cause,
     Event,
     Offender,
     Reason,
@@ -22,9 +23,16 @@ from foreshock.guard import (
     RiskLevelChanged,
     RolledBack,
     SnapshotDropped,
+    StepExamined,
     UpdateSkipped,
 )
-from foreshock.records import Ledger, TelemetryWriter, write_atomically, write_summary
+from foreshock.records import (
+    Ledger,
+    TelemetryWriter,
+    write_atomically,
+    write_autopsy,
+    write_summary,
+)
 from foreshock.records.strict_json import dump_json
 
 _log = logging.getLogger("foreshock")
@@ -37,6 +45,7 @@ _EVENT_NAMES: dict[type, str] = {
     SnapshotDropped: "snapshot_dropped",
     Aborted: "aborted",
     RiskLevelChanged: "risk_level_changed",
+    StepExamined: "autopsy",
 }
 _RESPONSE_NAMES = {
     (Response.TAKE_SNAPSHOT, True): "snapshot_requested",
@@ -79,6 +88,7 @@ class Journal:
         self._counts: Counter[type] = Counter()
         self._num_unledgered = 0
         self._abort: dict[str, Any] | None = None
+        self._autopsies: Counter[Cause] = Counter()
         self._started: float | None = None
         self._own_seconds = 0.0
         self.steps_run = 0
@@ -108,7 +118,7 @@ class Journal:
         """Counts an event, writes it down, and says it on the console."""
         kind = type(event)
         self._counts[kind] += 1
-        said = _spelt_out(event)
+        said = self._autopsied(event) if isinstance(event, StepExamined) else _spelt_out(event)
         if isinstance(event, Aborted):
             self._abort = {"step": event.step, **said}
         name = _name(event)
@@ -123,6 +133,24 @@ class Journal:
             is_last = self._counts[kind] == _MAX_WARNINGS_OF_A_KIND
             more = "; further ones only in telemetry.jsonl" if is_last else ""
             _log.warning("step %d: %s%s", event.step, _sentence(event), more)
+
+    def _autopsied(self, event: StepExamined) -> dict[str, Any]:
+        """Writes all of an autopsy to its file; what of it goes to telemetry."""
+        self._autopsies[event.cause] += 1
+        file: str | None = None
+        try:
+            file = str(write_autopsy(self.out_dir, event.step, str(event), event))
+        except OSError as error:
+            _log.warning("the autopsy of step %d could not be written: %s", event.step, error)
+        return {
+            "cause": event.cause.value,
+            "sentence": str(event),
+            "place": None if event.place is None else event.place.kind,
+            "name": None if event.place is None else event.place.name,
+            "batch": None if event.batch is None else event.batch.index,
+            "batch_hash": None if event.batch is None else event.batch.hash,
+            "file": file,
+        }
 
     def record_telemetry(self, step: int, **measured: object) -> None:
         """Writes down what was measured at a step."""
@@ -199,6 +227,7 @@ class Journal:
             "dropped_snapshots": counts[SnapshotDropped],
             "integrity_status": "ABORTED" if counts[Aborted] else integrity,
             "abort": self._abort,
+            "autopsies": {cause.value: self._autopsies[cause] for cause in Cause},
         }
 
     def _overhead(self) -> dict[str, float]:
@@ -249,6 +278,8 @@ def _sentence(event: Event) -> str:
         return f"snapshot dropped: {event.why}"
     if isinstance(event, Recovered):
         return "passed"
+    if isinstance(event, StepExamined):
+        return str(event)
     if isinstance(event, RiskLevelChanged):
         return f"spectral risk {event.before.name} -> {event.level.name} ({event.worst_layer})"
     if isinstance(event, RiskAnswered):

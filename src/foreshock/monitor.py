@@ -331,6 +331,7 @@ class Monitor:
         if self._summary is None:
             self._safely(self._watch.leave_loop, None)
             self._safely(self._watch.check_end, None)
+            self._watch.autopsies.give_up("the run has ended")
             if self._risk is not None:
                 self._own(self._risk.look_once_more)
             self._gate.remove()
@@ -385,6 +386,8 @@ class Monitor:
                     if self._watch.history.is_returning:
                         continue
                     return
+                if self._watch.autopsies.is_on:
+                    self._watch.autopsies.note_batch(source.index - 1, batch)
                 yield self._watch.step, batch
                 if self._watch.history.source is not source:
                     return  # the run was finalized, or a later loop has taken over

@@ -81,6 +81,7 @@ def test_the_summary_is_right_after_faults_of_all_kinds(tmp_path: Path) -> None:
         "dropped_snapshots": 0,
         "integrity_status": "RECOVERED",
         "abort": None,
+        "autopsies": {"transient": 2, "deterministic": 0, "not_replayed": 0},
     }
     assert summary["overhead"]["mean_ms"] > 0
     assert 0 < summary["overhead"]["percent"] < 1000
@@ -178,6 +179,8 @@ def test_the_console_tells_the_story_in_sentences(
         "step 4: update withheld: NONFINITE_GRADIENT (gradient head.weight: 1 NaN of 24 values)",
         "step 7: rolled back to step 4, learning rate times 0.5: NONFINITE_WEIGHTS, "
         "NONFINITE_GRADIENT, NONFINITE_LOSS (parameter head.weight: 1 NaN of 24 values)",
+        "step 7: nothing is wrong when it is run again, with the learning rate times 0.5 "
+        "(transient)",
         "step 7: passed",
     ]
 

@@ -401,7 +401,8 @@ def assert_same_bits(one: Run, other: Run) -> None:
 
 
 def events(out_dir: Path, name: str | None = None) -> list[dict[str, Any]]:
-    """Events that telemetry.jsonl tells of, but for the telemetry itself."""
+    """Events of one name that telemetry.jsonl tells of, or of all but telemetry and autopsies."""
     records = read_telemetry(out_dir / "telemetry.jsonl").records
-    told = [r for r in records if r["event"] not in ("start", "telemetry")]
-    return told if name is None else [r for r in told if r["event"] == name]
+    if name is not None:
+        return [r for r in records if r["event"] == name]
+    return [r for r in records if r["event"] not in ("start", "telemetry", "autopsy")]

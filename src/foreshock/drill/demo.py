@@ -63,6 +63,8 @@ class DemoResult:
     """Rollback events, as the telemetry file has them."""
     risks: list[dict[str, Any]]
     """Changes of the spectral risk, likewise."""
+    autopsies: list[dict[str, Any]]
+    """What came of the steps that had failed, likewise."""
     sample: str | None
     """A line of text from the trained model; None if it no longer predicts anything."""
     broken_promises: list[str] = dataclasses.field(default_factory=list)
@@ -117,8 +119,9 @@ def run_demo(options: DemoOptions, show: Callable[[int, float, Verdict], None]) 
     telemetry = read_telemetry(options.out_dir / "telemetry.jsonl")
     rollbacks = [r for r in telemetry.records if r["event"] == "rollback_success"]
     risks = [r for r in telemetry.records if r["event"] == "risk_level_changed"]
+    autopsies = [r for r in telemetry.records if r["event"] == "autopsy"]
     sample = sample_line(run.model) if math.isfinite(losses[max(losses)]) else None
-    result = DemoResult(losses, anomalies, summary, rollbacks, risks, sample)
+    result = DemoResult(losses, anomalies, summary, rollbacks, risks, autopsies, sample)
     return dataclasses.replace(result, broken_promises=_broken_promises(options, result))
 
 
@@ -167,6 +170,10 @@ def _broken_promises(options: DemoOptions, result: DemoResult) -> list[str]:
         checks["the risk level shows the spike"] = bool(raised) and raised[-1] >= max(
             options.spike_step or 0, _SPECTRAL_WARMUP
         )
+    if is_struck and options.is_guarded:
+        checks["the autopsy finds that the strike was transient"] = [
+            (r["step"], r["cause"]) for r in result.autopsies if r["cause"] != "not_replayed"
+        ] == [(options.strike_step, "transient")]
     if options.is_guarded and expected:
         checks["a rollback and a recovery for each"] = (
             guard["total_rollbacks"] == guard["total_recoveries"] == len(anomalies) == expected

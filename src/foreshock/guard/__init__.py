@@ -1,13 +1,17 @@
 """Withholds bad updates, keeps copies of good state, and decides when to return to one."""
 
+from foreshock.guard.autopsy import Autopsies
 from foreshock.guard.clipping import clip_grad_norm_
 from foreshock.guard.configuration import Guard
 from foreshock.guard.events import (
     Aborted,
     Action,
     AnomalySeen,
+    BatchSeen,
+    Cause,
     Event,
     Offender,
+    Place,
     Reason,
     Recovered,
     Response,
@@ -15,9 +19,13 @@ from foreshock.guard.events import (
     RiskLevelChanged,
     RolledBack,
     SnapshotDropped,
+    StepExamined,
+    Symptoms,
+    TensorSeen,
     UpdateSkipped,
     Verdict,
 )
+from foreshock.guard.examination import Examination, batch_seen, hash_batch
 from foreshock.guard.history import RESERVED_NAMES, History
 from foreshock.guard.inspection import Finding, Inspector, inspect_gradients, inspect_weights
 from foreshock.guard.lagging_watch import LaggingWatch, can_lag
@@ -43,10 +51,14 @@ __all__ = [
     "Aborted",
     "Action",
     "AnomalySeen",
+    "Autopsies",
+    "BatchSeen",
     "BatchSource",
     "BufferedSource",
+    "Cause",
     "Decision",
     "Event",
+    "Examination",
     "Finding",
     "GradientState",
     "Guard",
@@ -58,6 +70,7 @@ __all__ = [
     "Offender",
     "OptimizerState",
     "Part",
+    "Place",
     "Policy",
     "RandomState",
     "Reason",
@@ -73,12 +86,17 @@ __all__ = [
     "SnapshotRing",
     "Stateful",
     "StatefulPart",
+    "StepExamined",
     "StepGate",
+    "Symptoms",
+    "TensorSeen",
     "UpdateSkipped",
     "Verdict",
     "Watch",
+    "batch_seen",
     "can_lag",
     "clip_grad_norm_",
+    "hash_batch",
     "inspect_gradients",
     "inspect_weights",
     "make_source",

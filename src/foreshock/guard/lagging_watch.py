@@ -86,6 +86,7 @@ class LaggingWatch(Watch):
 
     def finish_step(self) -> None:
         """Closes the books on the step, but for what has not been read of it yet."""
+        self.autopsies.end()
         now, report = self._current, self._report
         if report is not None and not self.history.is_returning:
             self._settle()
@@ -121,6 +122,7 @@ class LaggingWatch(Watch):
         """
         if self.stopped is not None:
             return self.stopped
+        self.autopsies.end()
         is_outside = self.history.source is None
         if self._current.verdict is not None and is_outside:
             self.finish_step()  # its update never came, as within a gradient accumulation

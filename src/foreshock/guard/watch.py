@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from foreshock.guard.autopsy import Autopsies
 from foreshock.guard.clipping import (
     clip_factor,
     divisor_of,
@@ -113,6 +114,8 @@ class Watch:
         self._spikes = SpikeDetector(guard)
         state = {**state, "spikes": self._make_spikes()}
         self.history = History(model, optimizer, state, guard, record)
+        inspectors = (self._weights, self._gradients)
+        self.autopsies = Autopsies(model, parameters, *inspectors, record)
         self.step = 0
         """The step that is being run; between steps, the one that comes next."""
         self.last_loss: float | None = None
@@ -145,22 +148,27 @@ class Watch:
 
     def leave_loop(self) -> None:
         """Closes a step that was left in its middle, and the loop if there is one."""
+        self.autopsies.end()
         if self._current.verdict is not None or self._current.was_stepped:
             self.finish_step()
         self._current = _Step()
         step = self.history.close()
         if step is not None:
             self.step = step
+        self.autopsies.give_up("the loop was left before", even_begun=False)
 
     def start_step(self) -> None:
         """Between two steps of a loop: goes back if there was a rollback, takes snapshots."""
         step = self.history.rewind()
         if step is not None:
             self.step = step
-        self.history.take_if_due(self.step, is_within_accumulation=self._is_within_accumulation)
+        is_within = self._is_within_accumulation
+        self.history.take_if_due(self.step, is_within_accumulation=is_within)
+        self.autopsies.begin(self.step, is_within_accumulation=is_within)
 
     def finish_step(self) -> None:
         """Closes the books on the step."""
+        self.autopsies.end()
         now = self._current
         if now.verdict is None and now.was_withheld:
             self._judge(None)  # nobody has asked why
@@ -187,10 +195,14 @@ class Watch:
         self._note_passed(step)
 
     def _note_passed(self, step: int) -> None:
+        self.autopsies.note_passed(step, self._loss_of(step))
         if self._failed_step is not None and step >= self._failed_step:
             self._record(Recovered(self._failed_step))
             self._policy.note_recovery()
             self._failed_step = None
+
+    def _loss_of(self, step: int) -> float | None:
+        return self.seen.loss if self.seen is not None and self.seen.step == step else None
 
     def request_snapshot(self) -> None:
         """Has a snapshot taken as soon as a step has been clean; in recover mode, that is."""
@@ -214,6 +226,7 @@ class Watch:
         """
         if self.stopped is not None:
             return self.stopped
+        self.autopsies.end()
         is_outside = self.history.source is None
         before = self._current.verdict
         if before is not None and is_outside:
@@ -234,6 +247,7 @@ class Watch:
         """
         if self.stopped is not None:
             return
+        self.autopsies.begin(self.step)
         if self._weights.inspect().has_nonfinite:
             self._decide(Signs(has_nonfinite_weights=True))
             self._record_skip()
@@ -271,6 +285,7 @@ class Watch:
         """Those that are; others are only recorded."""
         if spikes and self._guard.spike_response == "log":
             self._record(AnomalySeen(step, Action.SKIP, spikes, None))
+            self.autopsies.note_spikes(step, spikes)
             return ()
         return spikes
 
@@ -307,6 +322,7 @@ class Watch:
     def _act(self, verdict: Verdict) -> None:
         if verdict.action is Action.CONTINUE:
             return
+        self.autopsies.note_failure(verdict, self._loss_of(verdict.step))
         if self._guard.mode == "observe":
             self._current.is_recorded = True
             seen = (verdict.reasons, verdict.offender)
@@ -315,6 +331,8 @@ class Watch:
             self._roll_back(verdict)
         elif verdict.action is Action.ABORT:
             self.stopped = verdict
+            if self._guard.mode == "recover":
+                self.autopsies.note_abort(verdict, self._loss_of(verdict.step))
             self._record(Aborted(verdict.step, verdict.reasons, verdict.offender))
 
     def _roll_back(self, verdict: Verdict) -> None:
@@ -324,7 +342,22 @@ class Watch:
         factor = self.learning_rate.back_off()
         self._failed_step = max(verdict.step, self._failed_step or 0)
         seen = (verdict.reasons, verdict.offender)
-        self._record(RolledBack(verdict.step, snapshot.step, *seen, factor))
+        event = RolledBack(verdict.step, snapshot.step, *seen, factor)
+        self._record(event)
+        why_not = self._why_not_again(verdict.reasons)
+        self.autopsies.note_rollback(event, self._loss_of(verdict.step), why_not)
+
+    def _why_not_again(self, reasons: tuple[Reason, ...]) -> str | None:
+        """Why the step that has failed will not be run again; None if it will."""
+        if self.history.source is None:
+            return "the batches do not come from monitor.loop"
+        if not self.history.is_returning:
+            return "the snapshot is older than the loop"
+        if self._guard.skip_batches:
+            return f"its batch is left out (skip_batches={self._guard.skip_batches})"
+        if set(reasons) <= {Reason.SPECTRAL_INSTABILITY, Reason.CONSECUTIVE_SKIPS}:
+            return "the spectra asked for the way back, not anything in the step"
+        return None
 
     def _record_skip(self) -> None:
         """Told only when it is known whether an update was withheld."""

@@ -4,6 +4,7 @@ Every file is strict JSON, survives a kill at any instruction, and has its reade
 """
 
 from foreshock.records.atomic_file import write_atomically
+from foreshock.records.autopsy_file import read_autopsy, write_autopsy
 from foreshock.records.ledger import Ledger
 from foreshock.records.ledger_chain import is_private_value
 from foreshock.records.ledger_verification import Verification, read_ledger, verify
@@ -17,10 +18,12 @@ __all__ = [
     "TelemetryWriter",
     "Verification",
     "is_private_value",
+    "read_autopsy",
     "read_ledger",
     "read_summary",
     "read_telemetry",
     "verify",
     "write_atomically",
+    "write_autopsy",
     "write_summary",
 ]
