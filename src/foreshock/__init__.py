@@ -9,6 +9,7 @@ from foreshock import ops as ops
 
 if TYPE_CHECKING:
     from foreshock import guard as guard
+    from foreshock import integrations as integrations
     from foreshock import records as records
     from foreshock import signals as signals
     from foreshock.guard import Action as Action
@@ -32,6 +33,7 @@ _LAZY = {
     "entropy_rate": "foreshock.signals",
     "f_total": "foreshock.signals",
     "guard": "",
+    "integrations": "",
     "processivity": "foreshock.signals",
     "records": "",
     "signals": "",

@@ -93,6 +93,8 @@ class Journal:
         self._own_seconds = 0.0
         self.steps_run = 0
         """Steps judged, those run again counted again."""
+        self.latest: dict[str, object] = {}
+        """What `record_telemetry` has written last."""
 
     # ---- time
 
@@ -154,7 +156,9 @@ class Journal:
 
     def record_telemetry(self, step: int, **measured: object) -> None:
         """Writes down what was measured at a step."""
-        self._telemetry.write("telemetry", step, **measured, overhead_ms=self.mean_overhead_ms)
+        measured["overhead_ms"] = self.mean_overhead_ms
+        self.latest = {"step": step, **measured}
+        self._telemetry.write("telemetry", step, **measured)
 
     def flush(self, timeout: float) -> None:
         """Waits until what was recorded is on disk, but no longer than this many seconds."""

@@ -283,6 +283,23 @@ class Monitor:
         finally:
             self._journal.end(begun)
 
+    def clipped_by(self, clip: Callable[[], T]) -> T:
+        """Looks at the gradients, and has somebody else clip them in their own way.
+
+        The step is judged by what was seen before: after it, one NaN is in every gradient.
+
+        Args:
+            clip: called once; what it raises goes on to the caller.
+        Returns:
+            What clip has returned.
+        Cost:
+            One read of the gradients beside what clip costs.
+        """
+        self._own(self._watch.observe_update)
+        result = clip()
+        self._own(self._watch.note_clipped)
+        return result
+
     def step(self, loss: torch.Tensor | float) -> Verdict:
         """Judges the step that has just been run.
 
@@ -322,6 +339,11 @@ class Monitor:
         if is_burst or seen.step % self._settings.telemetry_interval == 0:
             self._record_telemetry(seen)
         return verdict
+
+    @property
+    def latest(self) -> dict[str, Any]:
+        """The last telemetry record, as telemetry.jsonl has it; empty before the first."""
+        return dict(self._journal.latest)
 
     def finalize(self) -> dict[str, Any]:
         """Stops watching, writes summary.json, and returns what it says. Again is harmless.

@@ -1,0 +1,261 @@
+"""foreshock in the Trainer of Hugging Face transformers."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from foreshock.guard import Guard, Verdict
+from foreshock.monitor import Monitor
+
+_log = logging.getLogger("foreshock")
+
+
+class MonitorCallback(TrainerCallback):  # type: ignore[misc]
+    """Watches, and if it is told to guards, the training of a `transformers.Trainer`.
+
+    >>> trainer = Trainer(model, args, callbacks=[MonitorCallback(out_dir="runs/x")], ...)
+    >>> trainer.train()
+
+    A step of the monitor is one update of the Trainer: the loss is that of its training step,
+    summed over the gradients that are accumulated. Gradients are looked at before they are clipped:
+    by the Trainer where the guard only observes, which changes no bit of what is learned; else by
+    the monitor, whose norm is that of the same pass. An update that is not to be made never reaches
+    the optimizer. A rollback restores model, optimizer, scheduler, GradScaler and random numbers;
+    the Trainer goes on with its next batch. It is told to stop when the guard gives up.
+
+    `logging_nan_inf_filter`, which hides a loss that is NaN behind the mean of those before and
+    waits for the device in every step, is switched off.
+
+    Args:
+        out_dir: directory of the run's records.
+        guard_enabled: whether bad updates are withheld and bad states rolled back (`recover`);
+            otherwise they are only told of (`observe`).
+        guard_snapshot_interval, guard_violation_threshold, guard_max_rollbacks, guard_lr_backoff:
+            those of `foreshock.Guard`.
+        spectral_enabled, spectral_interval, telemetry_interval: those of `foreshock.Monitor`.
+        guard: the other fields of `foreshock.Guard`, by name.
+        more: the other settings of `foreshock.Monitor`.
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is accepted.
+        OSError: out_dir cannot be written to; when training begins.
+    Cost:
+        That of `foreshock.Monitor`.
+    """
+
+    def __init__(
+        self,
+        out_dir: str | os.PathLike[str],
+        *,
+        guard_enabled: bool = False,
+        guard_snapshot_interval: int = 100,
+        guard_violation_threshold: float = 1e6,
+        guard_max_rollbacks: int = 3,
+        guard_lr_backoff: float = 0.5,
+        spectral_enabled: bool = True,
+        spectral_interval: int = 50,
+        telemetry_interval: int = 10,
+        guard: dict[str, Any] | None = None,
+        **more: Any,
+    ) -> None:
+        self._out_dir = Path(out_dir)
+        self._guard = Guard(
+            mode="recover" if guard_enabled else "observe",
+            snapshot_interval=guard_snapshot_interval,
+            violation_threshold=guard_violation_threshold,
+            max_rollbacks=guard_max_rollbacks,
+            lr_backoff=guard_lr_backoff,
+            **(guard or {}),
+        )
+        self._settings = {
+            "spectral_enabled": spectral_enabled,
+            "spectral_interval": spectral_interval,
+            "telemetry_interval": telemetry_interval,
+            **more,
+        }
+        self._attached: _Attached | None = None
+        self.summary: dict[str, Any] | None = None
+        """What `Monitor.finalize` has said of the last training."""
+
+    @property
+    def monitor(self) -> Monitor | None:
+        """That of the training which is under way."""
+        return None if self._attached is None else self._attached.monitor
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Starts watching."""
+        self._detach()
+        if args.logging_nan_inf_filter:
+            _log.warning(
+                "logging_nan_inf_filter is switched off: it hides a loss that is NaN, and waits "
+                "for the device in every step"
+            )
+            args.logging_nan_inf_filter = False
+        trainer = _trainer_of_this_call()
+        only_observes = self._guard.mode == "observe"
+        self._attached = _Attached(
+            trainer, self._make_monitor(trainer), only_observes=only_observes
+        )
+
+    def _make_monitor(self, trainer: Trainer) -> Monitor:
+        state = {"scheduler": trainer.lr_scheduler}
+        if isinstance(trainer.accelerator.scaler, torch.amp.GradScaler):
+            state["scaler"] = trainer.accelerator.scaler
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        optimizer = _innermost(trainer.optimizer)
+        return Monitor(model, optimizer, self._out_dir, self._guard, state=state, **self._settings)
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Judges the step; the update comes next, and is withheld if it is a bad one."""
+        if self._attached is not None:
+            self._attached.judge()
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Tells the Trainer to stop when the guard has given up."""
+        if self._attached is not None and not self._attached.verdict:
+            control.should_training_stop = True
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Stops watching, and writes the summary."""
+        self._detach()
+
+    def _detach(self) -> None:
+        attached, self._attached = self._attached, None
+        if attached is not None:
+            self.summary = attached.close()
+
+
+class _Attached:
+    """A monitor on a Trainer, until `close`.
+
+    Callbacks come after the Trainer has clipped and are told of no loss, so three of the Trainer's
+    own calls go through here: a training step, the accelerator's clip, and what is logged.
+    """
+
+    def __init__(self, trainer: Trainer, monitor: Monitor, *, only_observes: bool) -> None:
+        self.monitor = monitor
+        self._only_observes = only_observes
+        self.verdict: Verdict | bool = True
+        self._trainer = trainer
+        self._loss: torch.Tensor | None = None
+        self._wrapped: list[tuple[Any, str, bool, Any]] = []
+        self._wrap(trainer, "training_step", self._training_step)
+        self._wrap(trainer, "log", self._log)
+        self._wrap(trainer.accelerator, "clip_grad_norm_", self._clip_grad_norm_)
+        _let_scaler_step_through_the_gate(trainer.optimizer)
+
+    def _wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
+        inner = getattr(owner, name)
+        self._wrapped.append((owner, name, name in vars(owner), inner))
+        setattr(owner, name, functools.wraps(inner)(functools.partial(around, inner)))
+
+    def close(self) -> dict[str, Any]:
+        """Puts back what was wrapped."""
+        for owner, name, was_own, inner in reversed(self._wrapped):
+            if was_own:
+                setattr(owner, name, inner)
+            else:
+                delattr(owner, name)
+        self._wrapped = []
+        summary = self.monitor.finalize()
+        _let_scaler_step_through_the_gate(self._trainer.optimizer)
+        return summary
+
+    def judge(self) -> None:
+        """Of the update that is about to be made."""
+        loss, self._loss = self._loss, None
+        if loss is not None:
+            self.verdict = self.monitor.step(loss)
+
+    def _training_step(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        loss = inner(*args, **kwargs)
+        self._loss = loss if self._loss is None else self._loss + loss
+        return loss
+
+    def _clip_grad_norm_(
+        self, inner: Callable[..., Any], parameters: Any, max_norm: float, norm_type: float = 2
+    ) -> Any:
+        accelerator = self._trainer.accelerator
+        is_plain = accelerator.distributed_type in ("NO", "MULTI_GPU", "MULTI_CPU")
+        if self._only_observes or not is_plain:
+            return self.monitor.clipped_by(lambda: inner(parameters, max_norm, norm_type))
+        accelerator.unscale_gradients()
+        return self.monitor.clip_grad_norm_(max_norm, float(norm_type))
+
+    def _log(
+        self, inner: Callable[..., Any], logs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        return inner({**logs, **self._told()}, *args, **kwargs)
+
+    def _told(self) -> dict[str, float]:
+        """For the Trainer's trackers, which take numbers."""
+        latest = self.monitor.latest
+        numbers = {k: v for k, v in latest.items() if isinstance(v, int | float)}
+        return {f"foreshock/{name}": float(value) for name, value in numbers.items()}
+
+
+def _trainer_of_this_call() -> Trainer:
+    """The Trainer that calls the callback, which it hides from callbacks."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, Trainer):
+            return owner
+        frame = frame.f_back  # type: ignore[assignment]
+    raise RuntimeError("MonitorCallback was called by no Trainer; accepted: Trainer(callbacks=[…])")
+
+
+def _innermost(optimizer: Any) -> torch.optim.Optimizer:
+    """What accelerate has wrapped."""
+    while not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _let_scaler_step_through_the_gate(optimizer: Any) -> None:
+    """With a GradScaler, accelerate calls the step that the optimizer had when it was prepared."""
+    if getattr(optimizer, "scaler", None) is None:
+        return
+    from accelerate.optimizer import patch_optimizer_step
+
+    step = _innermost(optimizer).step
+    optimizer._optimizer_original_step_method = step
+    optimizer._optimizer_patched_step_method = patch_optimizer_step(optimizer, step)
