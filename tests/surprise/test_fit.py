@@ -102,6 +102,12 @@ def test_the_model_is_as_it_was(is_training: bool) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_a_model_in_training_is_fitted_and_asked_without_dropout() -> None:
+    training, x = mlp().train(), data(30, seed=4)
+    assert fitted(training)(x).score.equal(fitted()(x).score)
+    assert training.training
+
+
 def test_the_model_is_as_it_was_also_after_an_error() -> None:
     model = mlp().train()
     with pytest.raises(RuntimeError):
@@ -142,13 +148,13 @@ def test_whitening_makes_the_spread_within_clusters_the_unit() -> None:
 
 
 def test_trap_30_an_offset_of_a_thousand_spreads_changes_nothing() -> None:
+    """Measured 1.3e-3, which is what float32 outputs at that offset have lost; 5e-3 uncentred."""
     plain, shifted = mlp().eval(), mlp().eval()
     with torch.no_grad():
-        shifted[3].bias += 1000 * plain[3](data()[:, :24].repeat(1, 2)[:, :24]).std()
-    options = {"layers": "3", "dim": 12}
+        shifted[3].bias += 1000 * data()[:, :1].std()
     x = torch.cat([data(200, seed=4), data(200, seed=4) * 2])
-    near, far = fitted(plain, **options)(x), fitted(shifted, **options)(x)
-    torch.testing.assert_close(far.score, near.score, rtol=0.02, atol=0.02)
+    near, far = fitted(plain, layers="3")(x), fitted(shifted, layers="3")(x)
+    torch.testing.assert_close(far.score, near.score, rtol=3e-3, atol=3e-3)
 
 
 def test_trap_29_a_misspelt_layer_is_an_error_that_lists_the_layers() -> None:

@@ -84,8 +84,7 @@ class Listener:
             return
         heard = self._forwards[-1].setdefault(layer, [])
         try:
-            with torch.no_grad():
-                heard.append(self._components(layer, len(heard), module, output))
+            heard.append(self._components(layer, len(heard), module, output))
         except Exception as error:  # watching does not break what is watched
             self._fault = error
 
