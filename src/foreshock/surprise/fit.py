@@ -161,7 +161,7 @@ def _codes_of(
 ) -> LayerCodes:
     """The codes of one call of a layer; how far normal data is from them is not known yet."""
     layer, name = key[0], rows.names[key]
-    sample = rows.samples[key].rows().astype(np.float64)
+    sample = rows.samples[key].rows()
     if len(sample) < 2 * codes:
         raise ValueError(
             f"codes is {codes}, and layer {name!r} has {len(sample)} rows to fit; accepted: "
