@@ -5,9 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Rows and centers are taken as they lie, not centred: float64 has the digits.
-IS_DIRECT = True
-
 _ELEMENTS = 1 << 20  # of rows times codes that are held at a time
 
 Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
