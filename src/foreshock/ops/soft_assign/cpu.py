@@ -16,7 +16,7 @@ _ROWS_PER_TASK = 64
 _TASKS_PER_THREAD = 4
 # Backward, a task has a gradient of all centers. A number of tasks that depends on the rows alone
 # makes the sum the same for any number of threads.
-_BACKWARD_ROWS_PER_TASK = 256
+_BACKWARD_ROWS_PER_TASK = 512
 _MOST_BACKWARD_TASKS = 16
 
 
