@@ -24,6 +24,8 @@ def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(built))
     library.read_all.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     library.read_all.restype = ctypes.c_uint64
+    library.multiply_and_exponentiate.argtypes = [ctypes.c_int64] * 3
+    library.multiply_and_exponentiate.restype = ctypes.c_float
     return library
 
 
@@ -40,6 +42,15 @@ def read_probe(tensors: list[torch.Tensor]) -> Callable[[], object]:
             library.read_all(address, words)
 
     return read
+
+
+def multiply_and_exponentiate_probe(
+    n: int, d: int, k: int, passes: int, exponentials: int
+) -> Callable[[], object]:
+    """For N x K pairs, so many passes of a subtraction and an FMA for each of D features, and so
+    many exponentials; on torch's threads, without memory."""
+    call = _library().multiply_and_exponentiate
+    return lambda: call(n * k, passes * d, exponentials)
 
 
 def copy_probe(num_bytes: int, device: str) -> Callable[[], object]:

@@ -129,7 +129,7 @@ def main() -> int:
     if skipped:
         print("== skipped although there is a GPU:", *skipped, sep="\n   ")
         results.append(False)
-    measured = ("health_scan", "power_iteration", "rolling_zscore", "overhead")
+    measured = ("health_scan", "power_iteration", "rolling_zscore", "soft_assign", "overhead")
     names = [str(ROOT / "benchmarks" / f"{name}.py") for name in measured]
     bench = [*pytest, *settings, "--benchmark-only", "-W", "default", "-m", "gpu", *names]
     results.append(run("benchmarks", bench, began, **strict))

@@ -81,6 +81,25 @@ def a_table_a_case(benchmark: str, columns: list[Column], by: str | None = None)
     return "\n".join(parts)
 
 
+def ratios_a_case(benchmark: str, ours: str, others: dict[str, str]) -> str:
+    """A line a case: our time, and how many times as long the others take, found by their names."""
+    machines: dict[str, list[list[Row]]] = {}
+    for (_, machine), found in by_case(benchmark).items():
+        machines.setdefault(machine, []).append(found)
+    parts = []
+    for cases in machines.values():
+        cases.sort(key=lambda found: [found[0][key] for key in ("is_faultless", "dtype", "d", "k")])
+        lines = []
+        for found in sorted(cases, key=lambda found: "backward" in found[0]["case"]):
+            times = {row["variant"]: f"{row['times_ours']:.2f}" for row in found}
+            base = next(row for row in found if row["variant"].startswith(ours))
+            named = [next((t for v, t in times.items() if other in v), "") for other in others]
+            lines.append([base["case"], f"{base['median_ms']:.2f}", *named])
+        header = ["", "foreshock ms", *others.values()]
+        parts.append(f"{markdown(header, lines)}\n\n{circumstances(cases[0][0])}\n")
+    return "\n".join(parts)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "health_scan": lambda: a_table_a_case("health_scan", PASS, by="median_ms"),
     "health_scan_call": lambda: a_table_a_case("health_scan_call", CALL),
@@ -153,6 +172,18 @@ TABLES: dict[str, Callable[[], str]] = {
             TIMES_OURS,
         ],
         by="median_ms",
+    ),
+    "soft_assign": lambda: ratios_a_case(
+        "soft_assign",
+        "foreshock",
+        {
+            "ceiling": "FMA + exp probe",
+            "torch.compile": "torch.compile",
+            "torch, expansion": "torch, expansion",
+            "torch.cdist": "torch.cdist",
+            "nervecode": "nervecode",
+            "faiss": "faiss, nearest only",
+        },
     ),
 }
 

@@ -16,58 +16,121 @@ namespace {
 constexpr double kInfinity = __builtin_inf();
 constexpr double kNaN = __builtin_nan("");
 
-// As many sums as the registers hold beside what is added to them.
-constexpr int kRows = FORESHOCK_VECTOR_BYTES == 64 ? 8 : 4;
-static_assert(kRows <= kMostRows);
-constexpr int kParts = 2;  // vectors of codes that are met at once
+// As many sums as the registers hold beside what is added to them. With AVX-512 one vector of codes
+// at a time, so that a number of a row is used once, and read by the instruction that subtracts it.
+constexpr int kRows = FORESHOCK_VECTOR_BYTES == 64 ? 16 : 4;
+constexpr int kParts = FORESHOCK_VECTOR_BYTES == 64 ? 1 : 2;
 template <class T>
 constexpr int64_t kStep = kParts * kLanes<T>;
-// Features whose squares are summed up before they are added to the others: a longer sum of
-// float32 would lose digits.
-constexpr int64_t kFeatureBlock = 64;
+static_assert(kLineBytes % (kParts * FORESHOCK_VECTOR_BYTES) == 0);
+static_assert(kBlockRows % kRows == 0);
+struct Shape {
+    int64_t rows;
+    int64_t codes;
+    int64_t features;
+    int64_t tasks;
+    int64_t padded;  // codes, up to full lines
+    int64_t stride;  // from the codes of a row to those of the next one
+    int64_t width;   // from the features of a row to those of the next one
 
-// The codes of a step lie together, feature after feature; those that fill the last one up are 0.
+    Shape(int64_t n, int64_t k, int64_t d, int64_t task_count, int64_t item)
+        : rows(n),
+          codes(k),
+          features(d),
+          tasks(task_count),
+          padded(full_lines(k, item)),
+          stride(odd_lines(k, item)),
+          width(odd_lines(d, item)) {}
+
+    int64_t begin(int64_t task) const { return rows * task / tasks; }
+};
+
+// (features / kFeatureBlock, codes / kStep, up to kFeatureBlock, kStep): what is read after each
+// other lies so. Codes that fill the last step up are 0.
 template <class T>
-void pack(const T* centers, int64_t codes, int64_t features, int64_t padded, T* packed) {
-    for (int64_t first = 0; first < padded; first += kStep<T>) {
-        for (int64_t d = 0; d < features; ++d) {
-            for (int64_t lane = 0; lane < kStep<T>; ++lane) {
-                const int64_t code = first + lane;
-                *packed++ = code < codes ? centers[code * features + d] : 0;
+void pack(const T* centers, const Shape& shape, T* packed) {
+    for (int64_t begin = 0; begin < shape.features; begin += kFeatureBlock) {
+        const int64_t most = begin + kFeatureBlock;
+        const int64_t end = most < shape.features ? most : shape.features;
+        for (int64_t first = 0; first < shape.padded; first += kStep<T>) {
+            for (int64_t d = begin; d < end; ++d) {
+                for (int64_t code = first; code < first + kStep<T>; ++code) {
+                    *packed++ = code < shape.codes ? centers[code * shape.features + d] : 0;
+                }
             }
         }
     }
 }
 
-// The squared distances of some rows to every code, as sums of squared differences: an expansion
-// would lose the digits that a common offset takes.
+// A block of rows, (features / kFeatureBlock, kBlockRows, kRowWidth), with features filled up with
+// 0 to a full line. The distance between rows is then known when this is compiled.
+template <class T, class Item>
+void take_rows(const Item* x, int64_t count, const Shape& shape, T* rows) {
+    for (int64_t begin = 0; begin < shape.features; begin += kFeatureBlock) {
+        const int64_t left = shape.features - begin;
+        const int64_t features = left < kFeatureBlock ? left : kFeatureBlock;
+        const int64_t filled = full_lines(features, sizeof(T));
+        for (int64_t r = 0; r < count; ++r) {
+            T* to = rows + begin * kBlockRows * kRowWidth / kFeatureBlock + r * kRowWidth;
+            const Item* from = x + r * shape.features + begin;
+            for (int64_t d = 0; d < features; ++d) to[d] = static_cast<T>(from[d]);
+            for (int64_t d = features; d < filled; ++d) to[d] = 0;
+        }
+    }
+}
+
+// Adds the squared differences of some features of some rows and of a step of codes. Sums of them,
+// because an expansion would lose the digits that a common offset takes.
 template <int kCount, class T>
-void find_distances(const T* x, const T* packed, int64_t features, int64_t padded, T* distances) {
-    for (int64_t code = 0; code < padded; code += kStep<T>) {
-        const T* tile = packed + code * features;
-        for (int64_t begin = 0; begin == 0 || begin < features; begin += kFeatureBlock) {
-            const int64_t most = begin + kFeatureBlock;
-            const int64_t end = most < features ? most : features;
-            Vector<T> sums[kCount][kParts] = {};
-            for (int64_t d = begin; d < end; ++d) {
-                const Vector<T> c[kParts] = {load(tile + d * kStep<T>),
-                                             load(tile + d * kStep<T> + kLanes<T>)};
-#pragma GCC unroll 8
-                for (int r = 0; r < kCount; ++r) {
-                    const Vector<T> of_row = Vector<T>{} + x[r * features + d];
+void add_squares(const T* x, const T* tile, int64_t features, int64_t stride, bool is_first,
+                 T* distances) {
+    Vector<T> sums[kCount][kParts] = {};
+    for (int64_t d = 0; d < features; ++d) {
+        // The next tile, which may be far away: 1.2 times as fast where no cache holds them all.
+        __builtin_prefetch(tile + (features + d) * kStep<T>);
+        Vector<T> c[kParts];
+        for (int p = 0; p < kParts; ++p) c[p] = load(tile + d * kStep<T> + p * kLanes<T>);
+#pragma GCC unroll 16
+        for (int r = 0; r < kCount; ++r) {
+            const Vector<T> of_row = broadcast<Vector<T>>(x[r * kRowWidth + d]);
 #pragma GCC unroll 2
-                    for (int p = 0; p < kParts; ++p) {
-                        const Vector<T> difference = of_row - c[p];
-                        sums[r][p] += difference * difference;
-                    }
-                }
+            for (int p = 0; p < kParts; ++p) {
+                const Vector<T> difference = c[p] - of_row;
+                sums[r][p] += difference * difference;
             }
-            for (int r = 0; r < kCount; ++r) {
-                for (int p = 0; p < kParts; ++p) {
-                    T* to = distances + r * padded + code + p * kLanes<T>;
-                    store(to, begin == 0 ? sums[r][p] : load(to) + sums[r][p]);
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kCount; ++r) {
+        for (int p = 0; p < kParts; ++p) {
+            T* to = distances + r * stride + p * kLanes<T>;
+            store(to, is_first ? sums[r][p] : load(to) + sums[r][p]);
+        }
+    }
+}
+
+// The squared distances of a block of rows to every code. A tile of codes meets all rows while it
+// is in the first-level cache.
+template <class T>
+void find_distances(const T* rows, int64_t count, const T* packed, const Shape& shape,
+                    T* distances) {
+    for (int64_t begin = 0; begin < shape.features; begin += kFeatureBlock) {
+        const int64_t left = shape.features - begin;
+        const int64_t features = left < kFeatureBlock ? left : kFeatureBlock;
+        const T* x = rows + begin * kBlockRows * kRowWidth / kFeatureBlock;
+        for (int64_t code = 0; code < shape.padded; code += kStep<T>) {
+            const T* tile = packed + begin * shape.padded + code * features;
+            int64_t row = 0;
+            const auto add = [&](auto number) {
+                constexpr int kCount = decltype(number)::value;
+                for (; row + kCount <= count; row += kCount) {
+                    add_squares<kCount>(x + row * kRowWidth, tile, features, shape.stride,
+                                        begin == 0, distances + row * shape.stride + code);
                 }
-            }
+            };
+            add(std::integral_constant<int, kRows>{});
+            add(std::integral_constant<int, kRows / 4>{});
+            add(std::integral_constant<int, 1>{});
         }
     }
 }
@@ -80,6 +143,21 @@ struct Summary {
     double weighted;  // of t e^t
 };
 
+// The least of a vector's lanes; a NaN among them may be it.
+template <class Number, class V>
+Number least_lane(V x) {
+    constexpr int64_t kCount = sizeof x / sizeof(Number);
+    Number lanes[kCount];
+    std::memcpy(lanes, &x, sizeof x);
+#pragma GCC unroll 4
+    for (int64_t half = kCount / 2; half > 0; half /= 2) {
+        for (int64_t i = 0; i < half; ++i) {
+            lanes[i] = lanes[i] < lanes[i + half] ? lanes[i] : lanes[i + half];
+        }
+    }
+    return lanes[0];
+}
+
 template <class T>
 T find_least(const T* d2, int64_t padded) {
     Vector<T> least = load(d2);
@@ -87,11 +165,7 @@ T find_least(const T* d2, int64_t padded) {
         const Vector<T> here = load(d2 + k);
         least = here < least ? here : least;
     }
-    T result = least[0];
-    for (int64_t lane = 1; lane < kLanes<T>; ++lane) {
-        if (!(result <= least[lane])) result = least[lane];
-    }
-    return result;
+    return least_lane<T>(least);
 }
 
 // Where there is a NaN, or nothing but infinities, which are then all alike.
@@ -113,29 +187,40 @@ T find_inverse(double temperature) {
     return static_cast<T>(inverse > kMost ? kMost : inverse < 1 / kMost ? 1 / kMost : inverse);
 }
 
-// Replaces the squared distances d2 by e^t.
-template <class T>
-Summary summarise(T* d2, int64_t codes, int64_t padded, T inverse_temperature) {
-    for (int64_t k = codes; k < padded; ++k) d2[k] = static_cast<T>(kInfinity);
-    const T least = find_least(d2, padded);
-    if (!(least < static_cast<T>(kInfinity))) return settle(d2, codes, padded);
-    int64_t best = 0;
-    while (!(d2[best] == least)) ++best;
-    Vector<T> sum[kParts] = {};
-    Vector<T> weighted[kParts] = {};
-    for (int64_t k = 0; k < padded; k += kStep<T>) {
-        for (int p = 0; p < kParts; ++p) {
-            const Vector<T> raw = (least - load(d2 + k + p * kLanes<T>)) * inverse_temperature;
-            const Vector<T> t = not_below_least<T>(raw);
-            const Vector<T> e = raw < t ? Vector<T>{} : exponential<T>(t);
-            store(d2 + k + p * kLanes<T>, e);
-            sum[p] += e;
-            weighted[p] += e * t;
+// Replaces the squared distances d2 by e^t, and stores t if there is a place for it.
+template <bool kHasExponents, class T>
+Summary summarise(T* d2, const Shape& shape, T inverse_temperature, T* exponents) {
+    using Index = typename Simd<T>::Index;
+    using Indices = typename Simd<T>::I;
+    for (int64_t k = shape.codes; k < shape.padded; ++k) d2[k] = static_cast<T>(kInfinity);
+    const T least = find_least(d2, shape.padded);
+    if (!(least < static_cast<T>(kInfinity))) {
+        if constexpr (kHasExponents) {
+            for (int64_t k = 0; k < shape.padded; ++k) exponents[k] = 0;
         }
+        return settle(d2, shape.codes, shape.padded);
     }
-    const Summary summary = {best, least, total<T>(sum[0]) + total<T>(sum[1]),
-                             total<T>(weighted[0]) + total<T>(weighted[1])};
-    return summary.sum == summary.sum ? summary : settle(d2, codes, padded);
+    constexpr Index kNone = static_cast<Index>(~(uint64_t{1} << (8 * sizeof(Index) - 1)));
+    Indices index = {};
+    for (int64_t lane = 0; lane < kLanes<T>; ++lane) index[lane] = static_cast<Index>(lane);
+    Indices best = Indices{} + kNone;
+    Vector<T> sum = {};
+    Vector<T> weighted = {};
+    for (int64_t k = 0; k < shape.padded; k += kLanes<T>) {
+        const Vector<T> here = load(d2 + k);
+        const Indices candidate = here == least ? index : Indices{} + kNone;
+        best = candidate < best ? candidate : best;
+        index += static_cast<Index>(kLanes<T>);
+        const Vector<T> raw = (least - here) * inverse_temperature;
+        const Vector<T> t = not_below_least<T>(raw);
+        const Vector<T> e = raw < t ? Vector<T>{} : exponential<T>(t);
+        store(d2 + k, e);
+        if constexpr (kHasExponents) store(exponents + k, t);
+        sum += e;
+        weighted += e * t;
+    }
+    const Summary summary = {least_lane<Index>(best), least, total<T>(sum), total<T>(weighted)};
+    return summary.sum == summary.sum ? summary : settle(d2, shape.codes, shape.padded);
 }
 
 // sum p log(p + eps), of e^t; logarithms of nothing are left out.
@@ -150,20 +235,20 @@ double sum_logarithms(const T* e, int64_t padded, T inverse_sum, T eps) {
     return total<T>(sum);
 }
 
-struct Shape {
-    int64_t rows;
-    int64_t codes;
-    int64_t features;
-    int64_t padded;
-    int64_t tasks;
-
-    int64_t begin(int64_t task) const { return rows * task / tasks; }
-};
-
 // What of p log(p + eps) is due to eps is at most eps.
 template <class T>
 bool is_negligible(double eps, int64_t codes) {
     return sizeof(T) == sizeof(float) && eps * static_cast<double>(codes) < 1e-8;
+}
+
+// log x of doubles that are normal or NaN, some at a time.
+void take_logarithms(const double* x, int64_t count, double* logarithms) {
+    static_assert(kBlockRows % kLanes<double> == 0);
+    for (int64_t i = 0; i < count; i += kLanes<double>) {
+        const Vector<double> each = load(x + i);
+        const Vector<double> found = logarithm<double>(each);
+        store(logarithms + i, each == each ? found : each);
+    }
 }
 
 template <class T, class Item>
@@ -177,41 +262,54 @@ struct Forward {
     int64_t* best;
     T* scalars;
 
-    void conclude(int64_t row, T* d2) const {
-        const Summary found =
-            summarise(d2, shape.codes, shape.padded, find_inverse<T>(temperature));
-        const double log_sum = __builtin_log(found.sum);
-        double entropy = log_sum - found.weighted / found.sum;
-        if (!is_negligible<T>(eps, shape.codes) && found.sum == found.sum) {
-            entropy = -sum_logarithms(d2, shape.padded, static_cast<T>(1 / found.sum),
-                                      static_cast<T>(eps));
-        }
-        const int64_t n = shape.rows;
-        best[row] = found.best;
-        scalars[row] = static_cast<T>(found.distance);
-        scalars[n + row] = static_cast<T>(-__builtin_log(1 / found.sum + eps));
-        scalars[2 * n + row] = static_cast<T>(entropy);
-        scalars[3 * n + row] = static_cast<T>(log_sum - found.distance / temperature);
+    static int64_t task_items(const Shape& shape) {
+        return row_items(shape.features) + kBlockRows * shape.stride;
     }
 
-    template <int kCount>
-    void take(int64_t row, T* rows, T* distances) const {
-        const int64_t elements = kCount * shape.features;
-        const Item* from = x + row * shape.features;
-        for (int64_t i = 0; i < elements; ++i) rows[i] = static_cast<T>(from[i]);
-        find_distances<kCount>(rows, packed, shape.features, shape.padded, distances);
-        for (int r = 0; r < kCount; ++r) conclude(row + r, distances + r * shape.padded);
+    void take(int64_t row, int64_t count, T* rows, T* distances) const {
+        take_rows(x + row * shape.features, count, shape, rows);
+        find_distances(rows, count, packed, shape, distances);
+        double distance[kBlockRows], weighted[kBlockRows], felt[kBlockRows];
+        double sum[kBlockRows], p_best[kBlockRows], log_sum[kBlockRows], length[kBlockRows];
+        const T inverse = find_inverse<T>(temperature);
+        const bool feels_eps = !is_negligible<T>(eps, shape.codes);
+        for (int64_t r = 0; r < kBlockRows; ++r) sum[r] = p_best[r] = 1;
+        for (int64_t r = 0; r < count; ++r) {
+            T* e = distances + r * shape.stride;
+            const Summary found = summarise<false, T>(e, shape, inverse, nullptr);
+            best[row + r] = found.best;
+            distance[r] = found.distance;
+            sum[r] = found.sum;
+            weighted[r] = found.weighted;
+            p_best[r] = 1 / found.sum + eps;
+            if (feels_eps) {
+                felt[r] = sum_logarithms(e, shape.padded, static_cast<T>(1 / found.sum),
+                                         static_cast<T>(eps));
+            }
+        }
+        take_logarithms(sum, count, log_sum);
+        take_logarithms(p_best, count, length);
+        T* to = scalars + row;
+        for (int64_t r = 0; r < count; ++r) {
+            const bool is_nan = !(sum[r] == sum[r]);
+            const double entropy =
+                feels_eps && !is_nan ? -felt[r] : log_sum[r] - weighted[r] / sum[r];
+            to[r] = static_cast<T>(distance[r]);
+            to[shape.rows + r] = static_cast<T>(-length[r]);
+            to[2 * shape.rows + r] = static_cast<T>(entropy);
+            to[3 * shape.rows + r] = static_cast<T>(log_sum[r] - distance[r] / temperature);
+        }
     }
 
     static void run(void* context, int64_t task) {
         const Forward& self = *static_cast<const Forward*>(context);
         const Shape& shape = self.shape;
-        T* rows = self.scratch + task * kMostRows * (shape.features + shape.padded);
-        T* distances = rows + kMostRows * shape.features;
+        T* rows = self.scratch + task * task_items(shape);
         const int64_t end = shape.begin(task + 1);
-        int64_t row = shape.begin(task);
-        for (; row + kRows <= end; row += kRows) self.template take<kRows>(row, rows, distances);
-        for (; row < end; ++row) self.template take<1>(row, rows, distances);
+        for (int64_t row = shape.begin(task); row < end; row += kBlockRows) {
+            const int64_t count = end - row < kBlockRows ? end - row : kBlockRows;
+            self.take(row, count, rows, rows + row_items(shape.features));
+        }
     }
 };
 
@@ -222,65 +320,71 @@ Vector<T> logarithm_term(Vector<T> p, T eps) {
     return p > Vector<T>{} ? term : Vector<T>{};
 }
 
-// Features whose gradients are summed up together: those of the rows stay in the first-level cache.
-constexpr int64_t kSpreadFeatures = 32;
-
-// With `weights` for each row and code, and the rows of each feature together in `of_x`: adds
-// weight * (x - c) to the vectors of each row's gradient, and takes it from the centers'.
-template <int kCount, bool kHasX, bool kHasCenters, class T>
-void spread(const T* x, const T* packed, const T* weights, int64_t features, int64_t padded,
-            int64_t begin, T* of_x, T* of_centers) {
-    const int64_t end = begin + kSpreadFeatures < features ? begin + kSpreadFeatures : features;
-    for (int64_t code = 0; code < padded; code += kStep<T>) {
-        Vector<T> w[kCount][kParts];
-        for (int r = 0; r < kCount; ++r) {
-            for (int p = 0; p < kParts; ++p) {
-                w[r][p] = load(weights + r * padded + code + p * kLanes<T>);
-            }
-        }
-        const T* tile = packed + code * features;
-        T* to = of_centers + code * features;
-        for (int64_t d = begin; d < end; ++d) {
-            const T* from = tile + d * kStep<T>;
-            const Vector<T> c[kParts] = {load(from), load(from + kLanes<T>)};
-            Vector<T> sums[kParts] = {};
-#pragma GCC unroll 8
-            for (int r = 0; r < kCount; ++r) {
-                const Vector<T> of_row = Vector<T>{} + x[r * features + d];
-                const Vector<T> first = of_row - c[0];
-                const Vector<T> second = of_row - c[1];
-                if constexpr (kHasX) {
-                    T* sum = of_x + (d * kCount + r) * kLanes<T>;
-                    store(sum, load(sum) + w[r][0] * first + w[r][1] * second);
-                }
-                sums[0] += w[r][0] * first;
-                sums[1] += w[r][1] * second;
-            }
-            if constexpr (kHasCenters) {
-                for (int p = 0; p < kParts; ++p) {
-                    T* sum = to + d * kStep<T> + p * kLanes<T>;
-                    store(sum, load(sum) - sums[p]);
-                }
-            }
-        }
-    }
-}
-
+// One of the two that weights pull together: some rows, or all the centers.
 template <class T>
-T add_lanes(const T* from) {
-    T lanes[kLanes<T>];
-    std::memcpy(lanes, from, sizeof lanes);
-    for (int64_t half = kLanes<T> / 2; half > 0; half /= 2) {
-        for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+struct Side {
+    const T* items;
+    int64_t width;  // from the features of one to those of the next
+    int64_t step;   // from the weight of one to that of the next
+    int64_t count;
+};
+
+// Adds sum_s weight[t, s] (t - s) of some features to the sums of some targets t.
+template <int kCount, class V, class T>
+void pull(const Side<T>& to, const Side<T>& from, const T* weights, T* sums, int64_t sum_width) {
+    V at[kCount];
+    V sum[kCount] = {};
+    // What the next call begins and ends with.
+    for (int t = kCount; t < 2 * kCount; ++t) {
+        __builtin_prefetch(to.items + t * to.width);
+        __builtin_prefetch(sums + t * sum_width, 1);
     }
-    return lanes[0];
+#pragma GCC unroll 16
+    for (int t = 0; t < kCount; ++t) at[t] = load_as<V>(to.items + t * to.width);
+    const int64_t step = to.step;
+    for (int64_t s = 0; s < from.count; ++s) {
+        const V source = load_as<V>(from.items + s * from.width);
+        const T* w = weights + s * from.step;
+#pragma GCC unroll 16
+        for (int t = 0; t < kCount; ++t) {
+            sum[t] += (at[t] - source) * broadcast<V>(w[t * step]);
+        }
+    }
+#pragma GCC unroll 16
+    for (int t = 0; t < kCount; ++t) {
+        T* place = sums + t * sum_width;
+        store_as<V>(place, load_as<V>(place) + sum[t]);
+    }
 }
+
+template <class V, class T>
+void pull_all(Side<T> to, const Side<T>& from, const T* weights, T* sums, int64_t sum_width) {
+    // As many as have their own place and their sum in registers.
+    constexpr int kTargets = FORESHOCK_VECTOR_BYTES == 64 ? 12 : 6;
+    const auto take = [&](auto number) {
+        constexpr int kCount = decltype(number)::value;
+        for (; to.count >= kCount; to.count -= kCount) {
+            pull<kCount, V>(to, from, weights, sums, sum_width);
+            to.items += kCount * to.width;
+            weights += kCount * to.step;
+            sums += kCount * sum_width;
+        }
+    };
+    take(std::integral_constant<int, kTargets>{});
+    take(std::integral_constant<int, kTargets / 3>{});
+    take(std::integral_constant<int, 1>{});
+}
+
+// Codes that rows are pulled to in turn: their features stay in the first-level cache, and a longer
+// sum of float32 would lose digits.
+constexpr int64_t kCodeBlock = 128;
 
 template <class T, class Item>
 struct Backward {
     Shape shape;
     const Item* x;
     const T* packed;
+    T* centers;  // (features / kLanes, codes, kLanes), filled up with 0
     T* scratch;
     double temperature;
     double eps;
@@ -288,31 +392,46 @@ struct Backward {
     T* grad_x;
     T* grad_centers;
 
-    int64_t task_items() const {
-        constexpr int64_t kWidest = kTileBytes / 2 / static_cast<int64_t>(sizeof(T));
-        return kMostRows * (shape.features * (1 + kWidest) + shape.padded) +
-               shape.padded * shape.features;
+    static int64_t centers_items(const Shape& shape) {
+        return shape.codes * full_lines(shape.features, sizeof(T));
+    }
+    static int64_t task_items(const Shape& shape) {
+        return row_items(shape.features) + kBlockRows * (shape.width + shape.stride) +
+               shape.stride + centers_items(shape);
+    }
+    T* centers_of(int64_t task) const {
+        return scratch + (task + 1) * task_items(shape) - centers_items(shape);
     }
 
-    T* centers_of(int64_t task) const {
-        return scratch + (task + 1) * task_items() - shape.padded * shape.features;
+    void lay_out(const T* given, int64_t lanes) const {
+        T* to = centers;
+        for (int64_t begin = 0; begin < shape.features; begin += lanes) {
+            for (int64_t k = 0; k < shape.codes; ++k) {
+                for (int64_t d = begin; d < begin + lanes; ++d) {
+                    *to++ = d < shape.features ? given[k * shape.features + d] : 0;
+                }
+            }
+        }
     }
 
     // Replaces the squared distances d2 of a row by twice the gradient in each.
-    void weigh(int64_t row, T* d2) const {
-        const Summary found =
-            summarise(d2, shape.codes, shape.padded, find_inverse<T>(temperature));
+    void weigh(int64_t row, T* d2, T* slopes) const {
+        const T inverse = find_inverse<T>(temperature);
         const double of_distance = grads[row];
         const double of_length = grads[shape.rows + row];
         const double of_entropy = grads[2 * shape.rows + row];
+        const Summary found = summarise<true>(d2, shape, inverse, slopes);
         const T inverse_sum = static_cast<T>(1 / found.sum);
         const T least = static_cast<T>(eps);
-        double mean = 0;
-        if (of_entropy != 0) {
+        // Slopes are t where eps is negligible: log p + 1 is t and what all codes share.
+        double mean = found.weighted / found.sum;
+        if (of_entropy != 0 && !is_negligible<T>(eps, shape.codes)) {
             Vector<T> sum = {};
             for (int64_t k = 0; k < shape.padded; k += kLanes<T>) {
                 const Vector<T> p = load(d2 + k) * inverse_sum;
-                sum += p * logarithm_term<T>(p, least);
+                const Vector<T> slope = logarithm_term<T>(p, least);
+                store(slopes + k, slope);
+                sum += p * slope;
             }
             mean = total<T>(sum);
         }
@@ -322,60 +441,84 @@ struct Backward {
         const T each = static_cast<T>(2 * of_entropy / temperature);
         for (int64_t k = 0; k < shape.padded; k += kLanes<T>) {
             const Vector<T> p = load(d2 + k) * inverse_sum;
-            Vector<T> weight = Vector<T>{} + same;
-            if (of_entropy != 0) weight += each * logarithm_term<T>(p, least);
-            store(d2 + k, p * weight);
+            store(d2 + k, p * (same + each * load(slopes + k)));
         }
         d2[found.best] += static_cast<T>(2 * (pull / temperature + of_distance));
     }
 
-    template <int kCount>
-    void take(int64_t row, T* rows, T* to_centers) const {
-        const int64_t elements = kCount * shape.features;
-        const Item* from = x + row * shape.features;
-        for (int64_t i = 0; i < elements; ++i) rows[i] = static_cast<T>(from[i]);
-        T* weights = rows + kMostRows * shape.features;
-        T* to_x = weights + kMostRows * shape.padded;
-        find_distances<kCount>(rows, packed, shape.features, shape.padded, weights);
-        for (int r = 0; r < kCount; ++r) weigh(row + r, weights + r * shape.padded);
-        std::memset(to_x, 0, static_cast<size_t>(elements) * FORESHOCK_VECTOR_BYTES);
-        const auto chosen = grad_x == nullptr         ? spread<kCount, false, true, T>
-                            : grad_centers == nullptr ? spread<kCount, true, false, T>
-                                                      : spread<kCount, true, true, T>;
-        for (int64_t begin = 0; begin < shape.features; begin += kSpreadFeatures) {
-            chosen(rows, packed, weights, shape.features, shape.padded, begin, to_x, to_centers);
+    template <class V>
+    void pull_together(const T* rows, int64_t count, const T* weights, T* to_x,
+                       T* to_centers) const {
+        constexpr int64_t kWidth = sizeof(V) / sizeof(T);
+        for (int64_t begin = 0; begin < shape.features; begin += kWidth) {
+            const T* const panel = centers + begin * shape.codes;
+            const T* x_panel = rows + begin / kFeatureBlock * kBlockRows * kRowWidth;
+            const Side<T> x_side = {x_panel + begin % kFeatureBlock, kRowWidth, shape.stride,
+                                    count};
+            if (grad_centers != nullptr) {
+                pull_all<V, T>({panel, kWidth, 1, shape.codes}, x_side, weights,
+                               to_centers + begin * shape.codes, kWidth);
+            }
+            for (int64_t k = 0; grad_x != nullptr && k < shape.codes; k += kCodeBlock) {
+                const int64_t left = shape.codes - k;
+                const Side<T> block = {panel + k * kWidth, kWidth, 1,
+                                       left < kCodeBlock ? left : kCodeBlock};
+                pull_all<V, T>(x_side, block, weights + k, to_x + begin, shape.width);
+            }
         }
-        if (grad_x == nullptr) return;
-        T* to = grad_x + row * shape.features;
-        for (int64_t i = 0; i < elements; ++i) {
-            to[i % kCount * shape.features + i / kCount] = add_lanes(to_x + i * kLanes<T>);
+    }
+
+    void take(int64_t row, int64_t count, T* rows, T* to_centers) const {
+        T* to_x = rows + row_items(shape.features);
+        T* weights = to_x + kBlockRows * shape.width;
+        T* slopes = weights + kBlockRows * shape.stride;
+        take_rows(x + row * shape.features, count, shape, rows);
+        find_distances(rows, count, packed, shape, weights);
+        for (int64_t r = 0; r < count; ++r) weigh(row + r, weights + r * shape.stride, slopes);
+        const int64_t items = count * shape.width;
+        std::memset(to_x, 0, static_cast<size_t>(items) * sizeof(T));
+        if (shape.features <= kNarrowLanes<T>) {
+            pull_together<NarrowVector<T>>(rows, count, weights, to_x, to_centers);
+        } else {
+            pull_together<Vector<T>>(rows, count, weights, to_x, to_centers);
+        }
+        for (int64_t r = 0; grad_x != nullptr && r < count; ++r) {
+            std::memcpy(grad_x + (row + r) * shape.features, to_x + r * shape.width,
+                        static_cast<size_t>(shape.features) * sizeof(T));
         }
     }
 
     static void run(void* context, int64_t task) {
         const Backward& self = *static_cast<const Backward*>(context);
         const Shape& shape = self.shape;
-        T* rows = self.scratch + task * self.task_items();
+        T* rows = self.scratch + task * task_items(shape);
         T* to_centers = self.centers_of(task);
-        const int64_t items = shape.padded * shape.features;
-        std::memset(to_centers, 0, static_cast<size_t>(items) * sizeof(T));
+        std::memset(to_centers, 0, static_cast<size_t>(centers_items(shape)) * sizeof(T));
         const int64_t end = shape.begin(task + 1);
-        int64_t row = shape.begin(task);
-        for (; row + kRows <= end; row += kRows) self.template take<kRows>(row, rows, to_centers);
-        for (; row < end; ++row) self.template take<1>(row, rows, to_centers);
+        for (int64_t row = shape.begin(task); row < end; row += kBlockRows) {
+            self.take(row, end - row < kBlockRows ? end - row : kBlockRows, rows, to_centers);
+        }
     }
 
-    // In the order of the tasks, so that the same call gives the same bits.
-    void add_tasks() const {
+    int64_t lanes() const {
+        return shape.features <= kNarrowLanes<T> ? kNarrowLanes<T> : kLanes<T>;
+    }
+
+    // Of some features, in the order of the tasks, so that the same call gives the same bits.
+    static void add_tasks(void* context, int64_t panel) {
+        const Backward& self = *static_cast<const Backward*>(context);
+        const Shape& shape = self.shape;
+        const int64_t lanes = self.lanes();
+        const int64_t begin = panel * lanes;
+        const int64_t left = shape.features - begin;
         for (int64_t k = 0; k < shape.codes; ++k) {
-            const int64_t first = k / kStep<T> * kStep<T> * shape.features + k % kStep<T>;
-            for (int64_t d = 0; d < shape.features; ++d) {
-                double sum = 0;
-                for (int64_t task = 0; task < shape.tasks; ++task) {
-                    sum += centers_of(task)[first + d * kStep<T>];
-                }
-                grad_centers[k * shape.features + d] = static_cast<T>(sum);
+            double sums[kLanes<T>] = {};
+            for (int64_t task = 0; task < shape.tasks; ++task) {
+                const T* from = self.centers_of(task) + begin * shape.codes + k * lanes;
+                for (int64_t i = 0; i < lanes; ++i) sums[i] += from[i];
             }
+            T* to = self.grad_centers + k * shape.features + begin;
+            for (int64_t i = 0; i < lanes && i < left; ++i) to[i] = static_cast<T>(sums[i]);
         }
     }
 };
@@ -409,17 +552,12 @@ Status forward(const void* x, const void* centers, int64_t x_dtype, int64_t rows
     return as_dtype(x, x_dtype, [=](auto number, const auto* items) {
         using T = decltype(number);
         using Item = std::remove_const_t<std::remove_pointer_t<decltype(items)>>;
-        const int64_t padded = padded_codes(codes, sizeof(T));
+        const Shape shape(rows, codes, features, tasks, sizeof(T));
         T* packed = static_cast<T*>(scratch);
-        pack(static_cast<const T*>(centers), codes, features, padded, packed);
-        Forward<T, Item> work{{rows, codes, features, padded, tasks},
-                              items,
-                              packed,
-                              packed + padded * features,
-                              temperature,
-                              eps,
-                              best,
-                              static_cast<T*>(scalars)};
+        pack(static_cast<const T*>(centers), shape, packed);
+        T* of_tasks = packed + shape.padded * features;
+        Forward<T, Item> work{shape,       items, packed, of_tasks,
+                              temperature, eps,   best,   static_cast<T*>(scalars)};
         run_tasks(tasks, Forward<T, Item>::run, &work);
     });
 }
@@ -430,20 +568,28 @@ Status backward(const void* x, const void* centers, int64_t x_dtype, int64_t row
     return as_dtype(x, x_dtype, [=](auto number, const auto* items) {
         using T = decltype(number);
         using Item = std::remove_const_t<std::remove_pointer_t<decltype(items)>>;
-        const int64_t padded = padded_codes(codes, sizeof(T));
+        using Work = Backward<T, Item>;
+        const Shape shape(rows, codes, features, tasks, sizeof(T));
+        const T* given = static_cast<const T*>(centers);
         T* packed = static_cast<T*>(scratch);
-        pack(static_cast<const T*>(centers), codes, features, padded, packed);
-        Backward<T, Item> work{{rows, codes, features, padded, tasks},
-                               items,
-                               packed,
-                               packed + padded * features,
-                               temperature,
-                               eps,
-                               static_cast<const T*>(grads),
-                               static_cast<T*>(grad_x),
-                               static_cast<T*>(grad_centers)};
-        run_tasks(tasks, Backward<T, Item>::run, &work);
-        if (grad_centers != nullptr) work.add_tasks();
+        pack(given, shape, packed);
+        T* panels = packed + shape.padded * features;
+        Work work{shape,
+                  items,
+                  packed,
+                  panels,
+                  panels + Work::centers_items(shape),
+                  temperature,
+                  eps,
+                  static_cast<const T*>(grads),
+                  static_cast<T*>(grad_x),
+                  static_cast<T*>(grad_centers)};
+        const int64_t lanes = work.lanes();
+        work.lay_out(given, lanes);
+        run_tasks(tasks, Work::run, &work);
+        if (grad_centers != nullptr) {
+            run_tasks((features + lanes - 1) / lanes, Work::add_tasks, &work);
+        }
     });
 }
 

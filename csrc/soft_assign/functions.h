@@ -17,10 +17,15 @@ using std::uint32_t;
 template <class T>
 struct Simd;
 
+// Half of a vector where that is wide, for rows of few features.
+constexpr int kNarrowBytes = FORESHOCK_VECTOR_BYTES == 64 ? 32 : FORESHOCK_VECTOR_BYTES;
+
 template <>
 struct Simd<float> {
+    typedef float Narrow __attribute__((vector_size(kNarrowBytes)));
     typedef float V __attribute__((vector_size(FORESHOCK_VECTOR_BYTES)));
     typedef int32_t I __attribute__((vector_size(FORESHOCK_VECTOR_BYTES)));
+    typedef int32_t Index;
     static constexpr int kMantissaBits = 23;
     static constexpr int32_t kOneBits = 0x3f800000;
     static constexpr int32_t kRootHalfBits = 0x3f3504f3;
@@ -34,8 +39,10 @@ struct Simd<float> {
 
 template <>
 struct Simd<double> {
+    typedef double Narrow __attribute__((vector_size(kNarrowBytes)));
     typedef double V __attribute__((vector_size(FORESHOCK_VECTOR_BYTES)));
     typedef int64_t I __attribute__((vector_size(FORESHOCK_VECTOR_BYTES)));
+    typedef int64_t Index;
     static constexpr int kMantissaBits = 52;
     static constexpr int64_t kOneBits = 0x3ff0000000000000;
     static constexpr int64_t kRootHalfBits = 0x3fe6a09e667f3bcd;
@@ -51,12 +58,26 @@ template <class T>
 using Vector = typename Simd<T>::V;
 template <class T>
 constexpr int64_t kLanes = FORESHOCK_VECTOR_BYTES / static_cast<int64_t>(sizeof(T));
+template <class T>
+using NarrowVector = typename Simd<T>::Narrow;
+template <class T>
+constexpr int64_t kNarrowLanes = kNarrowBytes / static_cast<int64_t>(sizeof(T));
+
+template <class V, class T>
+V load_as(const T* from) {
+    V to;
+    std::memcpy(&to, from, sizeof to);
+    return to;
+}
 
 template <class T>
 Vector<T> load(const T* from) {
-    Vector<T> to;
-    std::memcpy(&to, from, sizeof to);
-    return to;
+    return load_as<Vector<T>>(from);
+}
+
+template <class V, class T>
+void store_as(T* to, V from) {
+    std::memcpy(to, &from, sizeof from);
 }
 
 template <class T>
@@ -72,12 +93,24 @@ To bit_cast(From from) {
     return to;
 }
 
-// In double and in fixed order.
+// Not zeros + x, which is another number than x where that is -0, and so costs an addition.
+template <class V, class T>
+V broadcast(T x) {
+    return x - V{};
+}
+
+// By halves, in double and in fixed order.
 template <class T>
 double total(Vector<T> x) {
-    double sum = 0;
-    for (int64_t lane = 0; lane < kLanes<T>; ++lane) sum += x[lane];
-    return sum;
+    T parts[kLanes<T>];
+    std::memcpy(parts, &x, sizeof x);
+    double lanes[kLanes<T>];
+    for (int64_t i = 0; i < kLanes<T>; ++i) lanes[i] = parts[i];
+#pragma GCC unroll 4
+    for (int64_t half = kLanes<T> / 2; half > 0; half /= 2) {
+        for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    }
+    return lanes[0];
 }
 
 template <class T, int kCount>

@@ -7,15 +7,31 @@
 
 namespace foreshock::soft_assign {
 
-// Codes are stored in tiles of so many bytes, the features of a tile one after the other.
-inline constexpr std::int64_t kTileBytes = 128;
-// Rows that meet a tile together, at most.
-inline constexpr std::int64_t kMostRows = 8;
+// What is worked on together lies in whole lines of the cache.
+inline constexpr std::int64_t kLineBytes = 64;
+// Rows that a task works on together, at most.
+inline constexpr std::int64_t kBlockRows = 48;
+
+// Features whose squares are summed up before they are added to the others: a longer sum of float32
+// would lose digits. A block of rows has so many in the first-level cache, each row a line further
+// than they take.
+inline constexpr std::int64_t kFeatureBlock = 64;
+inline constexpr std::int64_t kRowWidth = 80;
 
 // Static: each translation unit keeps its own.
-static inline std::int64_t padded_codes(std::int64_t codes, std::int64_t item_bytes) {
-    const std::int64_t tile = kTileBytes / item_bytes;
-    return (codes + tile - 1) / tile * tile;
+static inline std::int64_t row_items(std::int64_t features) {
+    return (features + kFeatureBlock - 1) / kFeatureBlock * kBlockRows * kRowWidth;
+}
+
+static inline std::int64_t full_lines(std::int64_t count, std::int64_t item_bytes) {
+    const std::int64_t line = kLineBytes / item_bytes;
+    return (count + line - 1) / line * line;
+}
+
+// Rows that are an odd number of lines apart do not compete for the same places of a cache.
+static inline std::int64_t odd_lines(std::int64_t count, std::int64_t item_bytes) {
+    const std::int64_t line = kLineBytes / item_bytes;
+    return ((count + line - 1) / line | 1) * line;
 }
 
 // Bytes of scratch for one call: O(codes * features) forward, and that for each task backward.

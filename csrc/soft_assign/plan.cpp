@@ -6,12 +6,14 @@ namespace foreshock::soft_assign {
 std::int64_t scratch_bytes(std::int64_t x_dtype, std::int64_t codes, std::int64_t features,
                            std::int64_t tasks, std::int64_t is_backward) {
     const std::int64_t item = x_dtype == static_cast<std::int64_t>(Dtype::float64) ? 8 : 4;
-    const std::int64_t padded = padded_codes(codes, item);
-    const std::int64_t packed = padded * features * item;
-    const std::int64_t rows = kMostRows * (features + padded) * item;
-    if (!is_backward) return packed + tasks * rows;
-    // A vector of partial sums for each element of the rows' gradient, and the centers' gradient.
-    return packed + tasks * (rows + kMostRows * features * (kTileBytes / 2) + packed);
+    const std::int64_t packed = full_lines(codes, item) * features;
+    const std::int64_t rows = row_items(features);
+    const std::int64_t stride = odd_lines(codes, item);
+    if (!is_backward) return item * (packed + tasks * (rows + kBlockRows * stride));
+    const std::int64_t centers = codes * full_lines(features, item);
+    const std::int64_t width = odd_lines(features, item);
+    const std::int64_t task = rows + kBlockRows * (width + stride) + stride + centers;
+    return item * (packed + centers + tasks * task);
 }
 
 }  // namespace foreshock::soft_assign

@@ -16,12 +16,8 @@ from foreshock.ops.soft_assign import cpu, reference
 
 IMPLEMENTATIONS: dict[str, Any] = {
     "reference": reference,
-    # What an implementation is given that wants x and centers centred, and always gives both
-    # gradients.
-    "centred": SimpleNamespace(forward=reference.forward, backward=reference.backward),
     **{
         f"cpu-{isa}": SimpleNamespace(
-            IS_DIRECT=True,
             forward=functools.partial(cpu.forward, isa=isa),
             backward=functools.partial(cpu.backward, isa=isa),
         )

@@ -80,6 +80,37 @@ def test_distances_keep_their_digits_under_an_offset(implementation: str) -> Non
         torch.testing.assert_close(code.probs.double(), expected["probs"], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", HALF, ids=["bfloat16", "float16"])
+def test_half_types_are_read_as_they_lie(implementation: str, dtype: torch.dtype) -> None:
+    """With the offset that they can hold; what is squared is what is left of it."""
+    centers = (100 + torch.randn(20, 64)).to(dtype)
+    x = (100 + torch.randn(30, 64)).to(dtype)
+    assert_agrees(soft_assign(x, centers, temperature=64), direct(x, centers, 64))
+
+
+def test_one_enormous_center_does_not_spoil_the_others(implementation: str) -> None:
+    x, centers = torch.randn(30, 8), torch.randn(20, 8)
+    expected = direct(x, centers, 8)
+    for size in (1e12, 1e30):  # whose square overflows
+        leaves = x.clone().requires_grad_(), torch.cat([centers, torch.full((1, 8), size)])
+        code = soft_assign(*leaves, temperature=8)
+        for name in SCALARS:
+            found = getattr(code, name).double()
+            torch.testing.assert_close(found, expected[name], rtol=2e-6, atol=2e-6, msg=name)
+        code.surprise.sum().backward()
+        alone = x.clone().requires_grad_()
+        direct(alone, centers, 8)["surprise"].sum().backward()
+        torch.testing.assert_close(leaves[0].grad, alone.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_distances_that_overflow_are_infinite_and_alike(implementation: str) -> None:
+    x, centers = torch.tensor([[3e38, 3e38], [0, 0]]), torch.tensor([[-3e38, 0], [0, -3e38]])
+    code = soft_assign(x, centers)
+    assert code.distance.tolist() == [math.inf] * 2
+    assert code.best_index.tolist()[1] == 0
+    assert code.length[1].item() == pytest.approx(math.log(2))
+
+
 def test_shapes_strides_and_nothing_at_all(implementation: str) -> None:
     centers = torch.randn(5, 3)
     assert soft_assign(torch.empty(0, 3), centers).length.shape == (0,)
@@ -138,8 +169,7 @@ def test_huge_distances_bring_no_nan(implementation: str, size: float, dtype: to
 @pytest.mark.parametrize("temperature", [1e-300, 1e300])
 def test_temperatures_beyond_float32(implementation: str, temperature: float) -> None:
     x, centers = torch.randn(20, 3), torch.randn(9, 3)
-    if implementation != "centred":  # which it would be by such a center
-        centers[4] = torch.finfo(torch.float32).max
+    centers[4] = torch.finfo(torch.float32).max
     code = soft_assign(x, centers, temperature=temperature)
     assert torch.equal(code.best_index, direct(x, centers)["best_index"])
     sure = temperature < 1
@@ -211,7 +241,13 @@ def _gradients(
 def test_gradients_are_those_of_the_definition(
     implementation: str, eps: float, dtype: torch.dtype
 ) -> None:
-    for rows, codes, features in ((1, 1, 1), (23, 40, 3), (530, 17, 65)):
+    for rows, codes, features in (
+        (1, 1, 1),
+        (23, 40, 3),
+        (49, 129, 9),
+        (67, 260, 130),
+        (530, 17, 65),
+    ):
         x = torch.randn(rows, features).to(dtype).requires_grad_()
         centers = torch.randn(codes, features).to(dtype).requires_grad_()
         weights = torch.randn(4, rows, dtype=torch.float64)
@@ -255,6 +291,24 @@ def test_only_the_gradients_that_are_needed(implementation: str) -> None:
         assert not soft_assign(*both).length.requires_grad
 
 
+def test_gradients_of_views_and_of_repeated_rows(implementation: str) -> None:
+    x, centers = torch.randn(6, 4, 9, requires_grad=True), torch.randn(18, 5, requires_grad=True)
+    views = x.transpose(0, 2)[:, ::2, 1:6], centers[::2]
+    found = torch.autograd.grad(soft_assign(*views, temperature=5).surprise.sum(), (x, centers))
+    expected = direct(*views, temperature=5)["surprise"].sum()
+    expected = torch.autograd.grad(expected, (x, centers))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_probs_have_the_gradient_of_the_definition() -> None:
+    x, centers = torch.randn(40, 7, requires_grad=True), torch.randn(9, 7, requires_grad=True)
+    weights = torch.randn(40, 9)
+    p = soft_assign(x, centers, temperature=7, return_probs=True).probs
+    found = torch.autograd.grad(p, (x, centers), weights)
+    expected = torch.autograd.grad(direct(x, centers, 7)["probs"], (x, centers), weights.double())
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_no_rows_have_no_gradient(implementation: str) -> None:
     x, centers = torch.empty(0, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
     soft_assign(x, centers).surprise.sum().backward()
@@ -266,6 +320,10 @@ def test_a_second_derivative_is_refused() -> None:
     x, centers = torch.randn(4, 3, requires_grad=True), torch.randn(2, 3)
     (gradient,) = torch.autograd.grad(soft_assign(x, centers).length.sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="accepted: first derivatives"):
+        gradient.sum().backward()
+    p = soft_assign(x, centers, return_probs=True).probs
+    (gradient,) = torch.autograd.grad(p.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
         gradient.sum().backward()
 
 
@@ -311,6 +369,28 @@ def test_no_tensor_of_rows_times_codes() -> None:
     """Which would be 610 MiB here; what is allowed is the scratch, some 6 MiB."""
     done = run_python(MEMORY)
     assert int(done.stdout) < 40, (done.stdout, done.stderr)
+
+
+PROBS_MEMORY = """
+    import resource
+    import torch
+    from foreshock.ops import soft_assign
+    x, centers = torch.randn(30_000, 4), torch.randn(1000, 4, requires_grad=True)
+    grad = torch.rand(30_000, 1000)
+    p = soft_assign(x[:3000], centers, return_probs=True).probs
+    torch.autograd.grad(p, centers, grad[:3000])
+    del p
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    p = soft_assign(x, centers, return_probs=True).probs
+    torch.autograd.grad(p, centers, grad)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def test_probs_are_held_once() -> None:
+    """114 MiB; float64 tensors of that shape, as plain autograd keeps, would be 229 each."""
+    done = run_python(PROBS_MEMORY)
+    assert int(done.stdout) < 114 + 50, (done.stdout, done.stderr)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from foreshock.ops._tensors import FLOATING_DTYPES, local_tensor
-from foreshock.ops.soft_assign import reference, register
+from foreshock.ops.soft_assign import register
+from foreshock.ops.soft_assign.probs import probs as find_probs
 
 __all__ = ["SoftCode", "soft_assign"]
 
@@ -60,7 +61,8 @@ def soft_assign(
         temperature: of the softmax, in units of squared distance; above 0.
         eps: at least 0; bounds L by -log(eps).
         beta_length, beta_entropy, beta_distance: finite weights of the surprise.
-        return_probs: whether p is returned too, which is an (..., K) tensor.
+        return_probs: whether p is returned too, which is an (..., K) tensor, made in float64 some
+            rows at a time.
     Returns:
         SoftCode, differentiable once in x and centers but for `best_index`. Squared distances are
         sums of squared differences, to which a common offset does no harm; z = -d2 / temperature
@@ -72,7 +74,9 @@ def soft_assign(
         RuntimeError: for a derivative of a derivative.
     Cost:
         N K D differences, twice that again for the gradient, which recomputes them. Memory is
-        O(N + K D) on the CPU, where x is read as it lies; elsewhere x is copied once.
+        O(N + K D) on the CPU, where x is read as it lies; elsewhere x is copied once. With
+        `return_probs` also N K numbers for p, and as many for its gradient, which whoever
+        differentiates it brings along.
     Source:
         The formulas above; csrc/soft_assign.
     """
@@ -103,7 +107,7 @@ def soft_assign(
     probs = None
     if return_probs:
         wide_KD = centers.to(register.computed_dtype(x, centers))
-        p_NK = reference.probs(x_ND, wide_KD, float(temperature))
+        p_NK = find_probs(x_ND, wide_KD, float(temperature))
         probs = p_NK.view(*shape, len(centers))
     return SoftCode(best_index, distance, length, entropy, surprise, probs)
 

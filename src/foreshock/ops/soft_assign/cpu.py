@@ -12,15 +12,11 @@ from foreshock.ops._backend import active_isa, load_kernels
 from foreshock.ops._tensors import DTYPE_CODES
 from foreshock.ops.soft_assign.reference import Saved
 
-# Differences are squared as they are, so that nothing has to be centred; half types are read as
-# they lie; and a gradient that is not needed is not computed.
-IS_DIRECT = True
-
 _ROWS_PER_TASK = 64
 _TASKS_PER_THREAD = 4
 # Backward, a task has a gradient of all centers. A number of tasks that depends on the rows alone
 # makes the sum the same for any number of threads.
-_BACKWARD_ROWS_PER_TASK = 256
+_BACKWARD_ROWS_PER_TASK = 512
 _MOST_BACKWARD_TASKS = 16
 
 

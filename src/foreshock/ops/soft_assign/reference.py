@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
-
-# Rows and centers are taken as they lie, not centred: float64 has the digits.
-IS_DIRECT = True
 
 _ELEMENTS = 1 << 20  # of rows times codes that are held at a time
 
@@ -18,8 +17,10 @@ def why_unavailable(device_type: str) -> str | None:
     return None
 
 
-def _rows_at_a_time(codes: int) -> int:
-    return max(1, _ELEMENTS // codes)
+def blocks(rows: int, codes: int) -> Iterator[slice]:
+    """Rows that are worked on at a time."""
+    step = max(1, _ELEMENTS // codes)
+    return (slice(begin, begin + step) for begin in range(0, rows, step))
 
 
 def squared_distances(x_ND: Tensor, centers_KD: Tensor) -> Tensor:
@@ -48,8 +49,8 @@ def forward(x_ND: Tensor, centers_KD: Tensor, temperature: float, eps: float) ->
         best_index int64, distance, length, entropy, log_normaliser = log sum_k e^(-d2_k / T); (N,).
     """
     parts = []
-    for rows_ND in x_ND.split(_rows_at_a_time(len(centers_KD))):
-        d2_NK = squared_distances(rows_ND, centers_KD)
+    for rows in blocks(len(x_ND), len(centers_KD)):
+        d2_NK = squared_distances(x_ND[rows], centers_KD)
         distance, best = d2_NK.min(1)
         t_NK = _exponents(d2_NK, temperature)
         log_sum = t_NK.logsumexp(1)
@@ -83,9 +84,7 @@ def backward(
     grad_x, kept = torch.empty_like(x), centers.dtype
     x, centers = x.double(), centers.double()
     grad_centers = torch.zeros_like(centers)
-    step = _rows_at_a_time(len(centers))
-    for begin in range(0, len(x), step):
-        rows = slice(begin, begin + step)
+    for rows in blocks(len(x), len(centers)):
         x_ND, best_N1 = x[rows], saved[0][rows, None]
         p_NK = probs(x_ND, centers, temperature)  # float64
         h_NK = torch.where(p_NK > 0, (p_NK + eps).log() + p_NK / (p_NK + eps), 0)

@@ -29,27 +29,15 @@ def computed_dtype(x: Tensor, centers: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (x.dtype, centers.dtype) else torch.float32
 
 
-def centred(x_ND: Tensor, centers_KD: Tensor) -> tuple[Tensor, Tensor]:
-    """Both less the mean of the centers, in `computed_dtype`: an offset that they share is gone."""
-    dtype = computed_dtype(x_ND, centers_KD)
-    centers = centers_KD.to(dtype)
-    offset = centers.detach().mean(0)
-    return x_ND.to(dtype) - offset, centers - offset
-
-
 def _bind(x: Tensor, centers: Tensor) -> tuple[ModuleType, Tensor, Tensor]:
     """The implementation, and x and centers as it takes them: (N, D) and (K, D), contiguous.
 
-    One that says IS_DIRECT takes them as they lie, half types too; others take them centred.
+    Neither is centred: implementations compute differences, to which an offset does no harm.
     """
+    dtype = computed_dtype(x, centers)
+    x = x.to(dtype) if dtype == torch.float64 else x
     module = choose("soft_assign", x.device.type).module
-    if getattr(module, "IS_DIRECT", False):
-        dtype = computed_dtype(x, centers)
-        x = x.to(dtype) if dtype == torch.float64 else x
-        centers = centers.to(dtype)
-    else:
-        x, centers = centred(x, centers)
-    return module, x.contiguous(), centers.contiguous()
+    return module, x.contiguous(), centers.to(dtype).contiguous()
 
 
 @torch.no_grad()
@@ -99,9 +87,10 @@ def _backward_impl(
         found = tuple(map(torch.zeros_like, places))
     else:
         module, x_ND, centers_KD = _bind(x, centers)
-        options = {"needs": needs} if getattr(module, "IS_DIRECT", False) else {}
         grads = (g.contiguous() for g in (grad_distance, grad_length, grad_entropy))
-        found = module.backward(*grads, x_ND, centers_KD, temperature, eps, tuple(saved), **options)
+        found = module.backward(
+            *grads, x_ND, centers_KD, temperature, eps, tuple(saved), needs=needs
+        )
     grad_x, grad_centers = (
         grad.to(place.dtype) if need else place.new_empty(0)
         for grad, place, need in zip(found, places, needs, strict=True)

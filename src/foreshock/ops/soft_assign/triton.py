@@ -1,7 +1,9 @@
 """soft_assign in Triton: distances in tiles of rows and codes, for CUDA devices.
 
 A squared distance is a sum of squared differences, not |x|^2 + |c|^2 - 2 x c: it keeps its digits
-where a row lies close to a code. Distances are read from transposed copies, feature by feature.
+where a row lies close to a code, and under any offset. Nothing is centred: a mean that one enormous
+center has moved would take the digits of all others. Half types are read as they lie. Distances are
+read from transposed copies, feature by feature.
 """
 
 from __future__ import annotations
@@ -40,6 +42,9 @@ FORMATS = {
 # Fixed: a search for better ones at run time would stall a first step.
 BLOCK = 64  # rows, and codes, of a tile of distances
 STEP = 4  # features, codes or rows that are loaded together
+# Features whose squares are summed up before they are added to the others: one sum of 1024 would
+# cost p three times the error.
+FEATURE_BLOCK = 64
 GRADIENT_ROWS = 32  # rows or codes whose gradient a program sums,
 GRADIENT_COLUMNS = 64  # and most of their features
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True, "enable_reflect_ftz": False}
@@ -49,6 +54,7 @@ PROGRAMS = 1024  # that share the gradient of the centers, where there are rows 
 
 _BLOCK = tl.constexpr(BLOCK)
 _STEP = tl.constexpr(STEP)
+_FEATURE_BLOCK = tl.constexpr(FEATURE_BLOCK)
 _GRADIENT_ROWS = tl.constexpr(GRADIENT_ROWS)
 
 
@@ -56,14 +62,25 @@ _GRADIENT_ROWS = tl.constexpr(GRADIENT_ROWS)
 def _squared_distances(x_ptr, centers_ptr, n, k, d, row, code, F: tl.constexpr):  # type: ignore[no-untyped-def]
     """A tile of d2: at most the largest number, so that no difference is NaN; inf past the end."""
     d2 = tl.zeros([_BLOCK, _BLOCK], F.TYPE)
-    for first in range(0, d, _STEP):
-        for i in tl.static_range(_STEP):
-            x = tl.load(x_ptr + (first + i) * n + row, row < n, other=0).to(F.TYPE)
-            c = tl.load(centers_ptr + (first + i) * k + code, code < k, other=0).to(F.TYPE)
-            difference = x[:, None] - c[None, :]
-            d2 += difference * difference
+    for begin in range(0, d, _FEATURE_BLOCK):
+        part = tl.zeros([_BLOCK, _BLOCK], F.TYPE)
+        for first in range(begin, tl.minimum(begin + _FEATURE_BLOCK, d), _STEP):
+            for i in tl.static_range(_STEP):
+                x = tl.load(x_ptr + (first + i) * n + row, row < n, other=0).to(F.TYPE)
+                c = tl.load(centers_ptr + (first + i) * k + code, code < k, other=0).to(F.TYPE)
+                difference = x[:, None] - c[None, :]
+                part += difference * difference
+        d2 += part
     d2 = tl.where(d2 > F.MOST, F.MOST, d2)
     return tl.where((code < k)[None, :], d2, float("inf"))
+
+
+@triton.jit
+def _exponents(nearest, d2, inverse_temperature, F: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(nearest - d2) / T, where what overflowed is as near as what did, and never as near as what
+    did not."""
+    is_beyond = (d2 >= F.MOST) & (nearest < F.MOST)
+    return tl.where(is_beyond, -float("inf"), (nearest - d2) * inverse_temperature)
 
 
 @triton.jit
@@ -105,10 +122,10 @@ def _soft_assign_rows_kernel(  # type: ignore[no-untyped-def]
         at = tl.min(tl.where(d2 == near[:, None], code[None, :], k), 1)
         best = tl.where(near < nearest, at, best)
         near = tl.where(near < nearest, near, nearest)
-        shift = (near - nearest) * inverse_temperature
+        shift = _exponents(near, nearest, inverse_temperature, F)
         kept = tl.exp(shift)
         moment = tl.where(kept > 0, kept * (moment + shift * z), 0)
-        a = (near[:, None] - d2) * inverse_temperature
+        a = _exponents(near[:, None], d2, inverse_temperature, F)
         e = tl.exp(a)
         z = z * kept + tl.sum(e, 1)
         moment += tl.sum(tl.where(e > 0, e * a, 0), 1)
@@ -123,13 +140,15 @@ def _soft_assign_rows_kernel(  # type: ignore[no-untyped-def]
         for first in range(0, k, _BLOCK):
             code = first + tl.arange(0, _BLOCK).to(tl.int64)
             d2 = _squared_distances(x_ptr, centers_ptr, n, k, d, row, code, F)
-            p = tl.exp((nearest[:, None] - d2) * inverse_temperature) * p_best[:, None]
+            a = _exponents(nearest[:, None], d2, inverse_temperature, F)
+            p = tl.exp(a) * p_best[:, None]
             entropy -= tl.sum(tl.where(p > 0, p * tl.log(p + eps), 0), 1)
             share += tl.sum(tl.where(p > 0, p * (p / (p + eps)), 0), 1)
         entropy = tl.where(z == z, entropy, z)
         mean_slope = share - entropy
     is_row = row < n
     tl.store(best_ptr + row, best, is_row)
+    nearest = tl.where(nearest >= F.MOST, float("inf"), nearest)
     tl.store(distance_ptr + row, tl.where(z == z, nearest, z), is_row)
     tl.store(length_ptr + row, -tl.log(p_best + eps), is_row)
     tl.store(entropy_ptr + row, entropy, is_row)
@@ -140,12 +159,14 @@ def _soft_assign_rows_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _probabilities(  # type: ignore[no-untyped-def]
-    d2, numbers_ptr, distance_ptr, p_best_ptr, row, is_row
+    d2, numbers_ptr, distance_ptr, p_best_ptr, row, is_row, F: tl.constexpr
 ):  # fmt: skip
     """p of a tile of distances."""
     nearest = tl.load(distance_ptr + row, is_row, other=0)
+    nearest = tl.where(nearest > F.MOST, F.MOST, nearest)
     p_best = tl.load(p_best_ptr + row, is_row, other=0)
-    return tl.exp((nearest[:, None] - d2) * tl.load(numbers_ptr)) * p_best[:, None]
+    a = _exponents(nearest[:, None], d2, tl.load(numbers_ptr), F)
+    return tl.exp(a) * p_best[:, None]
 
 
 @triton.jit(
@@ -163,7 +184,7 @@ def _soft_assign_probs_kernel(  # type: ignore[no-untyped-def]
     row = _block(tl.program_id(0))
     code = _block(tl.program_id(1))
     d2 = _squared_distances(x_ptr, centers_ptr, n, k, d, row, code, F)
-    p = _probabilities(d2, numbers_ptr, distance_ptr, p_best_ptr, row, row < n)
+    p = _probabilities(d2, numbers_ptr, distance_ptr, p_best_ptr, row, row < n, F)
     mask = (row < n)[:, None] & (code < k)[None, :]
     tl.store(probs_ptr + row[:, None] * k + code[None, :], p, mask)
 
@@ -196,7 +217,7 @@ def _soft_assign_weights_kernel(  # type: ignore[no-untyped-def]
     inverse_temperature = tl.load(numbers_ptr)
     eps = tl.load(numbers_ptr + 1)
     d2 = _squared_distances(x_ptr, centers_ptr, n, k, d, row, code, F)
-    p = _probabilities(d2, numbers_ptr, distance_ptr, p_best_ptr, row, is_row)
+    p = _probabilities(d2, numbers_ptr, distance_ptr, p_best_ptr, row, is_row, F)
     p_best = tl.load(p_best_ptr + row, is_row, other=1)
     mean_slope = tl.load(mean_slope_ptr + row, is_row, other=0)
     grad_distance = tl.load(grad_distance_ptr + row, is_row, other=0)
@@ -348,7 +369,7 @@ def forward(
     """Returns best_index, distance, length, entropy and logsumexp(-d2 / temperature) of every row.
 
     Args:
-        x: (N, D), and centers: (K, D); contiguous, of one floating dtype, centred.
+        x: (N, D), and centers: (K, D), contiguous; centers are float64 if x is, float32 otherwise.
         temperature, eps: as in `soft_assign`.
 
     Cost: a transposed copy of x and of the centers, and one kernel that sweeps the codes once, or
@@ -406,10 +427,10 @@ def _backward_slab(
     centers: Tensor,
     slab: Slab,
     first_row: int,
-    grad_x: Tensor,
-    partial: Tensor,
+    grad_x: Tensor | None,
+    partial: Tensor | None,
 ) -> None:
-    """Writes the gradient of a slab's rows and adds to that of the centers."""
+    """Writes the gradient of a slab's rows and adds to that of the centers, where there is one."""
     n, k, _ = inputs.sizes
     slab_rows, slab_codes = slab.by_row.shape
     features = x.shape[1]
@@ -431,34 +452,36 @@ def _backward_slab(
         F=inputs.format,
         **OPTIONS,
     )
-    _soft_assign_grad_x_kernel[(slab_rows // GRADIENT_ROWS, column_blocks)](
-        x,
-        centers,
-        slab.by_code,
-        grad_x,
-        n,
-        k,
-        features,
-        *of_slab,
-        F=inputs.format,
-        COLUMNS=columns,
-        **GRADIENT_OPTIONS,
-    )
-    cuts = len(partial)
-    _soft_assign_grad_centers_kernel[(triton.cdiv(k, GRADIENT_ROWS), column_blocks, cuts)](
-        x,
-        centers,
-        slab.by_row,
-        partial,
-        n,
-        k,
-        features,
-        *of_slab,
-        triton.cdiv(slab_rows, cuts * STEP) * STEP,
-        F=inputs.format,
-        COLUMNS=columns,
-        **GRADIENT_OPTIONS,
-    )
+    if grad_x is not None:
+        _soft_assign_grad_x_kernel[(slab_rows // GRADIENT_ROWS, column_blocks)](
+            x,
+            centers,
+            slab.by_code,
+            grad_x,
+            n,
+            k,
+            features,
+            *of_slab,
+            F=inputs.format,
+            COLUMNS=columns,
+            **GRADIENT_OPTIONS,
+        )
+    if partial is not None:
+        cuts = len(partial)
+        _soft_assign_grad_centers_kernel[(triton.cdiv(k, GRADIENT_ROWS), column_blocks, cuts)](
+            x,
+            centers,
+            slab.by_row,
+            partial,
+            n,
+            k,
+            features,
+            *of_slab,
+            triton.cdiv(slab_rows, cuts * STEP) * STEP,
+            F=inputs.format,
+            COLUMNS=columns,
+            **GRADIENT_OPTIONS,
+        )
 
 
 def _gradient_columns(features: int) -> int:
@@ -481,8 +504,10 @@ def backward(
     temperature: float,
     eps: float,
     saved: Saved,
+    *,
+    needs: tuple[bool, bool] = (True, True),
 ) -> tuple[Tensor, Tensor]:
-    """Returns the gradients of x and of the centers.
+    """Returns the gradients of x and of the centers; what is not needed has no elements.
 
     Args:
         grad_distance, grad_length, grad_entropy: (N,), or None for zeros.
@@ -496,8 +521,8 @@ def backward(
     with _on(x.device):
         inputs = _inputs(x, centers, temperature, eps)
         n, k, _ = inputs.sizes
-        if n == 0:
-            return torch.empty_like(x), torch.zeros_like(centers)
+        if n == 0 or not any(needs):
+            return torch.zeros_like(x), torch.zeros_like(centers)
         rows = _sweep(inputs, eps)._replace(best_index=saved[0])
         dtype = inputs.numbers.dtype
         none = torch.zeros(n, dtype=dtype, device=x.device)
@@ -507,10 +532,17 @@ def backward(
         )
         slab = Slab.empty(n, k, inputs.numbers)
         slab_rows = len(slab.by_row)
-        grad_x = torch.empty_like(x)
-        partial = inputs.numbers.new_zeros(_cuts(slab_rows, k, x.shape[1]), *centers.shape)
+        grad_x, partial = None, None
+        if needs[0]:
+            grad_x = torch.empty_like(x)
+        if needs[1]:
+            partial = inputs.numbers.new_zeros(_cuts(slab_rows, k, x.shape[1]), *centers.shape)
         for first in range(0, n, slab_rows):
             _backward_slab(
                 inputs, rows, (grad_d, grad_l, grad_h), x, centers, slab, first, grad_x, partial
             )
-        return grad_x, (2 * partial.sum(0)).to(centers.dtype)
+        none_needed = x.new_empty(0)
+        return (
+            none_needed if grad_x is None else grad_x,
+            none_needed if partial is None else (2 * partial.sum(0)).to(centers.dtype),
+        )
