@@ -6,6 +6,7 @@ A table stands between two marks, <!-- table: NAME --> and <!-- end -->; `--chec
 from __future__ import annotations
 
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -77,7 +78,24 @@ def a_table_a_case(benchmark: str, columns: list[Column], by: str | None = None)
     return "\n".join(parts)
 
 
+def mean_and_deviation(values: list[float]) -> str:
+    return f"{statistics.fmean(values):.2f} ± {statistics.pstdev(values):.2f}"
+
+
+def a_column_a_set(benchmark: str) -> str:
+    """The mean and deviation of every list in a row's `percent`."""
+    (first, *_) = load(benchmark) or [{"percent": {}}]
+    return a_table_a_case(
+        benchmark,
+        [
+            Column(name, lambda row, name=name: mean_and_deviation(row["percent"][name]))
+            for name in first["percent"]
+        ],
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "ood_digits": lambda: a_column_a_set("ood_digits"),
     "health_scan": lambda: a_table_a_case("health_scan", PASS, by="median_ms"),
     "health_scan_call": lambda: a_table_a_case("health_scan_call", CALL),
     "overhead": lambda: a_table_a_case(

