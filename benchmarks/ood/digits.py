@@ -54,7 +54,8 @@ def trial(classes: list[int], seed: int, epochs: int = 60) -> Trial:
     return Trial(
         seed=seed,
         model=model,
-        head=model[4],
+        weight=model[4].weight,
+        bias=model[4].bias,
         look=functools.partial(look, model),
         train=known[inside],
         labels=labels[inside],

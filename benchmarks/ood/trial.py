@@ -38,7 +38,10 @@ class Trial:
 
     seed: int
     model: nn.Module
-    head: nn.Linear
+    weight: Tensor
+    """(C, D) of the head, whose input is `HEAD_INPUT`."""
+    bias: Tensor
+    """(C,) of the head."""
     look: Callable[[Tensor], Outputs]
     """Runs the model on inputs."""
     train: Tensor
@@ -98,7 +101,7 @@ def compared(trial: Trial, layers: list[str]) -> dict[str, tuple[str, baselines.
         "MSP": (HEAD_INPUT, baselines.MaxSoftmax()),
         "MaxLogit": (HEAD_INPUT, baselines.MaxLogit()),
         "Energy": (HEAD_INPUT, baselines.Energy()),
-        "ViM": (HEAD_INPUT, baselines.ViM(trial.head.weight, trial.head.bias)),
+        "ViM": (HEAD_INPUT, baselines.ViM(trial.weight, trial.bias)),
     }
     for layer in layers:
         of_layer: dict[str, baselines.Baseline] = {
