@@ -75,7 +75,6 @@ class ProbeOptions:
     layers: str | tuple[str, ...] = "all_linear"
     codes: int = 64
     dim: int | None = None
-    temperature: float = 1.0
 
 
 def judge(trial: Trial, options: ProbeOptions) -> list[Row]:
