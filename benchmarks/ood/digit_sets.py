@@ -30,9 +30,10 @@ def patches(count: int, seed: int) -> Tensor:
     imported("PIL", "plots")
     photographs = imported("sklearn.datasets", "surprise").load_sample_images().images
     rng = np.random.default_rng(seed)
+    greys = [photograph.mean(2) / 255 for photograph in photographs]
     found = []
     for i in range(count):
-        grey = photographs[i % len(photographs)].mean(2) / 255
+        grey = greys[i % len(greys)]
         row, column = (rng.integers(size - SIDE + 1) for size in grey.shape)
         found.append(grey[row : row + SIDE, column : column + SIDE])
     return _flat(np.stack(found))
