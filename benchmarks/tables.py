@@ -96,6 +96,17 @@ def a_column_a_set(benchmark: str) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "ood_digits": lambda: a_column_a_set("ood_digits"),
+    "ood_ablation": lambda: a_table_a_case(
+        "ood_ablation",
+        [
+            percent("near_auroc", "near"),
+            percent("random_near_auroc", "random-near"),
+            percent("slightly_blurred_auroc", "slightly blurred"),
+            percent("near_auroc_of_l_plus_h", "near, L + H of these codes"),
+            percent("estimated_overhead", "multiply-adds", 0, "+"),
+            percent("measured_overhead", "time of a forward", 0, "+"),
+        ],
+    ),
     "health_scan": lambda: a_table_a_case("health_scan", PASS, by="median_ms"),
     "health_scan_call": lambda: a_table_a_case("health_scan_call", CALL),
     "overhead": lambda: a_table_a_case(

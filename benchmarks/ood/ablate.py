@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from benchmarks import rows
 from benchmarks.interleave import Timing
 from benchmarks.ood import digits, report
 from benchmarks.ood.metrics import auroc
@@ -27,8 +28,21 @@ from foreshock.ops import soft_assign
 
 CODES = (16, 32, 64, 128)
 DIMS = (None, 16, 64)
-TEMPERATURES = (0.1, 1.0, 10.0)
+TEMPERATURES = (0.2, 2.0, 20.0)
 LAYERS = ("all_linear", "first_linear", "last_linear", "0+2", "2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What is varied."""
+
+    layers: str = "all_linear"
+    codes: int = 64
+    dim: int | None = None
+    temperature: float = 2.0
+
+
+USUAL = Choice()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +165,27 @@ def measured_overhead(probe: Any, model: nn.Module, inputs: Tensor, rounds: int)
     return watching.over(plain) - 1
 
 
+def varied_alone(points: list[Point]) -> list[Point]:
+    """Those that differ from the defaults in one choice at most."""
+    usual = dataclasses.asdict(USUAL)
+    return [
+        point
+        for point in points
+        if sum(getattr(point, name) != value for name, value in usual.items()) <= 1
+    ]
+
+
+def store(points: list[Point]) -> None:
+    """Stores what docs/ood.md shows."""
+    variants = {}
+    for point in varied_alone(points):
+        features = "all features" if point.dim is None else f"{point.dim} dimensions"
+        name = f"{point.layers}, {point.codes} codes, {features}, T = {point.temperature:g}"
+        variants[name] = dataclasses.asdict(point)
+    case = f"digits, mean AUROC over {points[0].seeds} seeds; OOD is the positive class"
+    rows.store("ood_ablation", case, "cpu", variants)
+
+
 def show(points: list[Point]) -> None:
     """The points on the console, the best first."""
     console = Console()
@@ -169,12 +204,17 @@ def _cell(name: str, value: object) -> str:
 def main(
     seeds: Annotated[int, typer.Option(help="How many, from 0 on.", min=1)] = 3,
     out: Annotated[Path, typer.Option(help="Where the CSV goes.")] = Path("runs/ood-ablate"),
+    store_rows: Annotated[
+        bool, typer.Option("--store", help="Store the rows that docs/ood.md shows.")
+    ] = False,
 ) -> None:
     """Fit and score every combination, and time what it adds to a forward."""
     trials = [trial for seed in range(seeds) for trial in digits.trials(seed)]
     found = list(explore(trials))
     out.mkdir(parents=True, exist_ok=True)
     report.write_csv(found, out / "ablate.csv")
+    if store_rows:
+        store(found)
     show(found)
     print(f"every combination is in {out / 'ablate.csv'}")
 

@@ -47,7 +47,7 @@ class Size(str, enum.Enum):
 
 ALL_BLOCKS = ProbeOptions(layers="all_blocks")
 PRESETS = {
-    Size.demo: Preset(Recipe(width=16, epochs=15), 1, 10_000, 2_000, 0.55, ALL_BLOCKS),
+    Size.demo: Preset(Recipe(width=16, epochs=10), 1, 10_000, 2_000, 0.50, ALL_BLOCKS),
     Size.full: Preset(Recipe(width=64, epochs=100), 3, None, None, 0.93, ALL_BLOCKS),
 }
 

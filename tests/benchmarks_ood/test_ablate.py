@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks import tables
 from benchmarks.ood import ablate, digits
 from benchmarks.ood.metrics import auroc
 from benchmarks.ood.trial import ProbeOptions, Trial, fit_probe, scores
@@ -60,6 +61,23 @@ def test_more_codes_cost_more_multiply_adds(points: list[ablate.Point]) -> None:
     assert few == pytest.approx(2 * (128 * 128 + 8 * 128) / model)
     assert many == pytest.approx(2 * (128 * 128 + 64 * 128) / model)
     assert all(p.measured_overhead > 0 for p in points)
+
+
+def test_what_is_stored_differs_from_the_defaults_in_one_choice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, points: list[ablate.Point]
+) -> None:
+    monkeypatch.setattr("benchmarks.rows.RESULTS", tmp_path)
+    monkeypatch.setattr(ablate, "USUAL", ablate.Choice(temperature=1.0))
+    ablate.store(points)
+    lines = tables.TABLES["ood_ablation"]().splitlines()
+    named = {line.split(" | ")[0].removeprefix("| ") for line in lines if "codes, " in line}
+    assert named == {
+        "all_linear, 64 codes, all features, T = 1",
+        "all_linear, 64 codes, all features, T = 10",
+        "all_linear, 64 codes, 4 dimensions, T = 1",
+        "all_linear, 8 codes, all features, T = 1",
+        "0+2, 64 codes, all features, T = 1",
+    }
 
 
 def test_the_command_writes_the_grid(

@@ -110,6 +110,16 @@ def test_training_teaches_the_colors(folders: cifar.Folders) -> None:
     assert (logits.argmax(1) == train.labels).double().mean() > 0.3  # chance is 0.1
 
 
+@pytest.mark.parametrize("steps", [1, 2, 10, 300])
+def test_the_learning_rate_rises_to_its_value_and_falls_to_nothing(steps: int) -> None:
+    shares = [resnet.share(step, steps) for step in range(steps + 1)]
+    assert max(shares) == 1
+    assert shares[-1] == pytest.approx(0 if steps > 1 else 1)
+    peak = shares.index(1)
+    assert shares[:peak] == sorted(shares[:peak])
+    assert shares[peak:] == sorted(shares[peak:], reverse=True)
+
+
 def test_resnet_18_has_its_eleven_million_parameters_and_four_stages() -> None:
     model = resnet.ResNet18(num_classes=10)
     assert sum(p.numel() for p in model.parameters()) == 11_173_962

@@ -168,7 +168,7 @@ def test_stored_rows_make_the_same_table(tmp_path: Path, monkeypatch: pytest.Mon
     rows = made_rows()
     report.store(rows, "ood_digits", digits.SETS)
     stored = tables.TABLES["ood_digits"]()
-    for figure in report.CONVENTIONS:
+    for figure in ("auroc", "fpr95"):
         assert report.table(rows, figure, digits.SETS) in stored
 
 
