@@ -101,19 +101,23 @@ def show(rows: list[Row], sets: Sequence[str], goals: Sequence[Goal] = ()) -> No
 def plot(rows: list[Row], sets: Sequence[str], path: Path) -> None:
     """The AUROC of every seed: a panel an OOD set, a line a method, a bar at the mean."""
     figure_module = imported("matplotlib.figure", "plots")
-    auroc = percentages(rows, "auroc")
+    auroc = standing(rows, "auroc")
     methods = list(auroc)[::-1]
     figure = figure_module.Figure(figsize=(3 + 2 * len(sets), 1 + 0.25 * len(methods)))
     panels = figure.subplots(1, len(sets), sharey=True, squeeze=False)[0]
     for name, panel in zip(sets, panels, strict=True):
         for height, method in enumerate(methods):
-            values = auroc[method][name]
+            shown = [min(max(value, 0.01), 0.9995) for value in auroc[method][name]]
             color = "tab:red" if method == OURS else "tab:blue"
-            panel.plot(values, [height] * len(values), ".", color=color, alpha=0.4)
-            panel.plot(sum(values) / len(values), height, "|", color=color, markersize=12)
+            panel.plot(shown, [height] * len(shown), ".", color=color, alpha=0.4)
+            panel.plot(sum(shown) / len(shown), height, "|", color=color, markersize=12)
         panel.set_title(name)
+        panel.axvline(0.5, color="black", linewidth=0.5)
+        panel.set_xscale("logit")  # 99 and 99.9 are as far apart as 90 and 99
+        panel.set_xlim(0.1, 0.9997)
+        panel.set_xticks([0.5, 0.9, 0.99, 0.999], ["50", "90", "99", "99.9"])
+        panel.set_xticks([], minor=True)
         panel.grid(axis="x", alpha=0.3)
-        panel.axvline(50, color="black", linewidth=0.5)
     panels[0].set_yticks(range(len(methods)), methods)
     figure.supxlabel("AUROC in %; OOD is the positive class")
     figure.savefig(path, bbox_inches="tight", dpi=100)
