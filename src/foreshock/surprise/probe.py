@@ -148,13 +148,16 @@ class SurpriseProbe(nn.Module):
                 come, or the model lacks layers of the probe, which are named.
         """
         tensors, settings = probe_file.read(path)
-        codes = [
-            LayerCodes(names["layer"], names["name"], **parts)
-            for names, parts in zip(settings["layers"], tensors, strict=True)
-        ]
+        try:
+            codes = [
+                LayerCodes(names["layer"], names["name"], **parts)
+                for names, parts in zip(settings["layers"], tensors, strict=True)
+            ]
+            calibrator = EmpiricalPercentileCalibrator.from_json_object(settings["calibrator"])
+            reading = Reading(**settings["reading"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{os.fspath(path)} holds no probe that is whole: {error}") from error
         modules = _modules_of(model, codes)
-        calibrator = EmpiricalPercentileCalibrator.from_json_object(settings["calibrator"])
-        reading = Reading(**settings["reading"])
         probe = cls(model, modules, codes, calibrator, reading, settings["samples"])
         return probe.to(device_of(model))
 

@@ -44,16 +44,16 @@ def read(path: str | os.PathLike[str]) -> tuple[list[dict[str, Tensor]], dict[st
     data = Path(path).read_bytes()
     try:
         named = safetensors.torch.load(data)
-        header_size = int.from_bytes(data[:8], "little")
-        header = load_json(data[8 : 8 + header_size])
+        header = load_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
         settings = load_json(header["__metadata__"]["foreshock"].encode())
         kind = (settings["format"], settings["version"])
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+        tensors: list[dict[str, Tensor]] = [{} for _ in settings["layers"]]
+        for key, tensor in named.items():
+            index, _, name = key.partition(".")
+            tensors[int(index)][name] = tensor
+        found = {name: settings[name] for name in _SETTINGS}
+    except (safetensors.SafetensorError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{os.fspath(path)} holds no probe: {error}") from error
     if kind != (_FORMAT, _VERSION):
         raise ValueError(f"{os.fspath(path)} says it is {kind}; accepted: {(_FORMAT, _VERSION)}")
-    tensors: list[dict[str, Tensor]] = [{} for _ in settings["layers"]]
-    for key, tensor in named.items():
-        index, _, name = key.partition(".")
-        tensors[int(index)][name] = tensor
-    return tensors, {name: settings[name] for name in _SETTINGS}
+    return tensors, found
