@@ -104,7 +104,7 @@ TABLES: dict[str, Callable[[], str]] = {
             percent("slightly_blurred_auroc", "slightly blurred"),
             percent("near_auroc_of_l_plus_h", "near, L + H of these codes"),
             percent("estimated_overhead", "multiply-adds", 0, "+"),
-            percent("measured_overhead", "time of a forward", 0, "+"),
+            percent("measured_overhead", "processor time", 0, "+"),
         ],
     ),
     "health_scan": lambda: a_table_a_case("health_scan", PASS, by="median_ms"),
