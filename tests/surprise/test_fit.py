@@ -102,6 +102,12 @@ def test_the_model_is_as_it_was(is_training: bool) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_a_model_in_training_is_fitted_and_asked_without_dropout() -> None:
+    training, x = mlp().train(), data(30, seed=4)
+    assert fitted(training)(x).score.equal(fitted()(x).score)
+    assert training.training
+
+
 def test_the_model_is_as_it_was_also_after_an_error() -> None:
     model = mlp().train()
     with pytest.raises(RuntimeError):
@@ -142,13 +148,13 @@ def test_whitening_makes_the_spread_within_clusters_the_unit() -> None:
 
 
 def test_trap_30_an_offset_of_a_thousand_spreads_changes_nothing() -> None:
+    """Measured 1.3e-3, which is what float32 outputs at that offset have lost; 5e-3 uncentred."""
     plain, shifted = mlp().eval(), mlp().eval()
     with torch.no_grad():
-        shifted[3].bias += 1000 * plain[3](data()[:, :24].repeat(1, 2)[:, :24]).std()
-    options = {"layers": "3", "dim": 12}
+        shifted[3].bias += 1000 * data()[:, :1].std()
     x = torch.cat([data(200, seed=4), data(200, seed=4) * 2])
-    near, far = fitted(plain, **options)(x), fitted(shifted, **options)(x)
-    torch.testing.assert_close(far.score, near.score, rtol=0.02, atol=0.02)
+    near, far = fitted(plain, layers="3")(x), fitted(shifted, layers="3")(x)
+    torch.testing.assert_close(far.score, near.score, rtol=3e-3, atol=3e-3)
 
 
 def test_trap_29_a_misspelt_layer_is_an_error_that_lists_the_layers() -> None:
@@ -227,12 +233,16 @@ def test_a_mask_comes_from_a_key_a_place_or_a_function() -> None:
         (1, pairs),
         (lambda batch: batch[0] != 19, pairs),
     ]
-    scores = [
-        surprise.fit(model, batches, codes=8, mask=source)(ids, mask).score
-        for source, batches in kinds
-    ]
-    assert scores[0].equal(scores[1])
-    assert scores[0].equal(scores[2])
+    expected = None
+    for source, batches in kinds:
+        probe = surprise.fit(model, batches, codes=8, mask=source)
+        score = probe(ids, mask).score
+        assert expected is None or score.equal(expected)
+        expected = score
+        # A batch of the loader brings its mask along, as it did then.
+        torch.testing.assert_close(probe(batches[0]).score, score[:50])
+        if not callable(source):
+            assert not probe(ids).score.allclose(score)
     for wrong in ("missing", 7):
         with pytest.raises(ValueError, match=r"mask is .* accepted: a key"):
             surprise.fit(model, pairs, codes=8, mask=wrong)
@@ -368,6 +378,8 @@ def test_bad_arguments_are_named(
 
 
 def test_what_a_loader_or_a_layer_cannot_be_is_named() -> None:
+    with pytest.raises(TypeError, match="loader is a tensor; accepted"):
+        surprise.fit(mlp(), data())
     for batch in ("text", 3, [], {"x": data()}, {"inputs": "text"}):
         with pytest.raises(TypeError, match=r"the loader yields .* accepted: a tensor"):
             surprise.fit(mlp(), [batch])

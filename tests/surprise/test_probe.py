@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from foreshock import surprise
+from foreshock.ops import soft_assign
 from tests.surprise.networks import data, fitted, mlp
 
 # z of a layer from forwards of other batch sizes, whose products torch sums up in another order:
@@ -171,12 +172,11 @@ def test_trap_26_a_sample_is_judged_alike_in_every_batch(size: int) -> None:
     assert is_clear.float().mean() > 0.95
     is_ood = torch.cat([part.is_ood for part in parts])
     assert is_ood[is_clear].equal(whole.is_ood[is_clear])
-    rows = torch.randn(200, 24) * 3
-    alone = [probe.codes[1].components(part, None, "mean") for part in rows.split(size)]
-    distance = torch.cat([one.distance for one in alone])
-    torch.testing.assert_close(
-        distance, probe.codes[1].components(rows, None, "mean").distance, rtol=1e-5, atol=1e-5
-    )
+    z, centers = torch.randn(200, 24) * 3, probe.codes[1].centers
+    codes = [soft_assign(part, centers, temperature=2.0) for part in z.split(size)]
+    for field in ("distance", "length", "entropy"):
+        alone = torch.cat([getattr(code, field) for code in codes])
+        assert alone.equal(getattr(soft_assign(z, centers, temperature=2.0), field))
 
 
 def test_false_alarms_stay_within_the_binomial_band_at_every_batch_size() -> None:

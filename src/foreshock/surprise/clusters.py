@@ -13,9 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 Doubles = NDArray[np.float64]
+Floats = NDArray[np.float32]
 
 # Directions of less variance than this part of the largest hold rounding of float32, no features.
 _LEAST_VARIANCE = 1e-7
+# Less variance than this part of the rows' own is their rounding alone.
+_ROUNDING = 1e-12
 _MOST_ITERATIONS = 100
 
 
@@ -31,7 +34,7 @@ class Clusters:
     """(K, E): codes, as z."""
 
 
-def fit_clusters(rows: Doubles, codes: int, dim: int | None, whiten: bool, seed: int) -> Clusters:
+def fit_clusters(rows: Floats, codes: int, dim: int | None, whiten: bool, seed: int) -> Clusters:
     """Codes of rows, in units of the spread that is left within their clusters.
 
     k-means (k-means++) -> residuals r = x - c -> C = (1 - d) mean(r r^T) + d mean(r^2) I
@@ -52,16 +55,16 @@ def fit_clusters(rows: Doubles, codes: int, dim: int | None, whiten: bool, seed:
         Arthur and Vassilvitskii (2007), k-means++; Ledoit and Wolf (2004) for the shrinkage d.
     """
     cluster, covariance, threadpoolctl = _scikit_learn()
-    mean = rows.mean(0)
-    centred = rows - mean
-    basis = _principal(centred, dim)
-    kept = centred if basis is None else centred @ basis
+    mean: Doubles = rows.mean(0, dtype=np.float64)
+    kept: Doubles = rows - mean
+    basis = _principal(kept, dim)
+    kept = kept if basis is None else kept @ basis
     with threadpoolctl.threadpool_limits(limits=1), _few_values_are_no_fault():
         first = _k_means(cluster, kept, codes, seed)
         residuals = kept - first.cluster_centers_[first.labels_]
-        spread = _whitening(covariance, residuals, whiten)
+        spread = _whitening(covariance, residuals, whiten, float(np.square(kept).mean()))
         second = _k_means(cluster, kept @ spread, codes, seed)
-    centers = np.unique(second.cluster_centers_, axis=0)  # empty clusters repeat another's center
+    centers = second.cluster_centers_[np.unique(second.labels_)].astype(np.float64)
     return Clusters(mean, spread if basis is None else basis @ spread, centers)
 
 
@@ -85,7 +88,7 @@ def _few_values_are_no_fault() -> Iterator[None]:
 
 def _k_means(cluster: Any, rows: Doubles, codes: int, seed: int) -> Any:
     means = cluster.KMeans(codes, n_init=1, max_iter=_MOST_ITERATIONS, random_state=seed)
-    return means.fit(rows)
+    return means.fit(rows.astype(np.float32))  # half the time, and the rows are centred
 
 
 def _principal(centred: Doubles, dim: int | None) -> Doubles | None:
@@ -97,12 +100,12 @@ def _principal(centred: Doubles, dim: int | None) -> Doubles | None:
     return kept
 
 
-def _whitening(covariance: Any, residuals: Doubles, whiten: bool) -> Doubles:
-    """(D, D): A, after which residuals have unit variance."""
+def _whitening(covariance: Any, residuals: Doubles, whiten: bool, total: float) -> Doubles:
+    """(D, D): A, after which residuals, of rows with variance `total`, have unit variance."""
     features = residuals.shape[1]
     common = float(np.square(residuals).mean())
-    if common == 0:  # as many values as codes, and nothing known of a spread
-        return np.eye(features)
+    if common <= _ROUNDING * total:  # no more values than codes: nothing is known of a spread
+        return np.eye(features) / math.sqrt(total or 1.0)
     if not whiten:
         return np.eye(features) / math.sqrt(common)
     shrunk, _ = covariance.ledoit_wolf(residuals, assume_centered=True)

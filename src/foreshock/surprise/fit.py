@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 from foreshock.surprise.aggregation import check_weights
-from foreshock.surprise.batches import Batch, MaskSource, read_batches
 from foreshock.surprise.calibration import EmpiricalPercentileCalibrator, samples_needed
 from foreshock.surprise.clusters import fit_clusters
 from foreshock.surprise.layer_codes import LayerCodes
 from foreshock.surprise.layers import select
 from foreshock.surprise.listener import Aggregation, Listener, Reading, joined, listening
+from foreshock.surprise.model_input import Batch, MaskSource, read_batches
 from foreshock.surprise.outputs import Reduction, evaluating
 from foreshock.surprise.probe import SurpriseProbe, standardised
 from foreshock.surprise.row_sample import LayerRows
@@ -92,7 +92,7 @@ def fit(
     """
     model = getattr(model, "_orig_mod", model)  # of a compiled model what can be listened to
     modules = select(model, layers, kinds)
-    reading = Reading(aggregation, weights, batch_dim, reduce_positions)
+    reading = Reading(aggregation, weights, batch_dim, reduce_positions, mask)
     _check_numbers(codes=codes, max_rows=max_rows, dim=1 if dim is None else dim)
     calibrator = EmpiricalPercentileCalibrator((_quantile(alpha),))
     with evaluating(model):
@@ -161,7 +161,7 @@ def _codes_of(
 ) -> LayerCodes:
     """The codes of one call of a layer; how far normal data is from them is not known yet."""
     layer, name = key[0], rows.names[key]
-    sample = rows.samples[key].rows().astype(np.float64)
+    sample = rows.samples[key].rows()
     if len(sample) < 2 * codes:
         raise ValueError(
             f"codes is {codes}, and layer {name!r} has {len(sample)} rows to fit; accepted: "

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from foreshock.surprise.aggregation import max_surprise, mean_surprise, weighted_surprise
 from foreshock.surprise.layer_codes import LayerCodes
+from foreshock.surprise.model_input import MaskSource
 from foreshock.surprise.outputs import Reduction, check_reduction, rows_of
 from foreshock.surprise.scores import LayerComponents
 
@@ -30,6 +31,8 @@ class Reading:
     """Where samples are in the inputs, and in outputs of more than two dimensions."""
     reduce_positions: Reduction = "mean"
     """Over the positions of a layer that has some."""
+    mask: MaskSource = None
+    """Where in a loader's batch it says which positions count."""
 
     def __post_init__(self) -> None:
         check_reduction(self.reduce_positions)
@@ -44,8 +47,9 @@ class Reading:
             )
 
     def to_json_object(self) -> dict[str, Any]:
-        """What the same reading can be made of."""
-        return dataclasses.asdict(self)
+        """What the same reading can be made of, but for a mask that is a function."""
+        mask = None if callable(self.mask) else self.mask
+        return dataclasses.asdict(dataclasses.replace(self, mask=mask))
 
     def aggregate(self, per_layer: Mapping[str, Tensor]) -> Tensor:
         """(N,): the score of samples."""
@@ -84,8 +88,7 @@ class Listener:
             return
         heard = self._forwards[-1].setdefault(layer, [])
         try:
-            with torch.no_grad():
-                heard.append(self._components(layer, len(heard), module, output))
+            heard.append(self._components(layer, len(heard), module, output))
         except Exception as error:  # watching does not break what is watched
             self._fault = error
 

@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from foreshock.surprise import probe_file
-from foreshock.surprise.batches import device_of, read_batch
 from foreshock.surprise.calibration import EmpiricalPercentileCalibrator
 from foreshock.surprise.layer_codes import LayerCodes
 from foreshock.surprise.listener import Listener, Reading, listening
+from foreshock.surprise.model_input import device_of, read_batch
 from foreshock.surprise.outputs import evaluating
 from foreshock.surprise.scores import LayerComponents, Surprise
 
@@ -76,13 +76,18 @@ class SurpriseProbe(nn.Module):
 
         Args:
             x: a batch of inputs, or what else `fit` takes from a loader; moved to the model.
-            mask: (N, T), which positions count; default the "attention_mask" of a mapping.
+            mask: (N, T), which positions count; default what `fit` was told to take for it, or the
+                "attention_mask" of a mapping. A key or a place is nothing in a tensor x, which then
+                has no mask; a function is asked whatever x is.
         Raises:
             TypeError, ValueError: naming what was given and what is accepted.
         Cost:
             A forward and what `watch` costs.
         """
-        batch = read_batch(x, self.reading.batch_dim, None if mask is None else lambda _: mask)
+        source = (lambda _: mask) if mask is not None else self.reading.mask
+        if isinstance(x, Tensor) and not callable(source):
+            source = None
+        batch = read_batch(x, self.reading.batch_dim, source)
         with evaluating(self.model), self.watch(batch.mask) as seen:
             batch.run(self.model)
         return seen.surprise()
@@ -124,7 +129,7 @@ class SurpriseProbe(nn.Module):
         """Writes one file in one step: safetensors, with the settings as JSON in its header.
 
         Args:
-            path: the file; the model's weights are not in it.
+            path: the file; the model's weights are not in it, nor a `mask` that is a function.
         Raises:
             OSError: it cannot be written; what was there is untouched.
         """

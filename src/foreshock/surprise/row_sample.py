@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from foreshock.surprise.batches import Batch
 from foreshock.surprise.listener import listening
+from foreshock.surprise.model_input import Batch
 from foreshock.surprise.outputs import rows_of
 
 

@@ -87,7 +87,13 @@ def read_batch(given: Any, batch_dim: int, mask: MaskSource = None) -> Batch:
 
 
 def read_batches(loader: Iterable[Any], batch_dim: int, mask: MaskSource) -> Iterator[Batch]:
-    """The batches of a loader that hold samples."""
+    """The batches of a loader that hold samples.
+
+    Raises:
+        TypeError, ValueError: as `read_batch`.
+    """
+    if isinstance(loader, Tensor):  # of which the samples would be taken for batches
+        raise TypeError("loader is a tensor; accepted: an iterable of batches, such as [tensor]")
     for given in loader:
         batch = read_batch(given, batch_dim, mask)
         if len(batch):
