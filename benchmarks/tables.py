@@ -6,6 +6,7 @@ A table stands between two marks, <!-- table: NAME --> and <!-- end -->; `--chec
 from __future__ import annotations
 
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -100,7 +101,35 @@ def ratios_a_case(benchmark: str, ours: str, others: dict[str, str]) -> str:
     return "\n".join(parts)
 
 
+def mean_and_deviation(values: list[float]) -> str:
+    return f"{statistics.fmean(values):.2f} ± {statistics.pstdev(values):.2f}"
+
+
+def a_column_a_set(benchmark: str) -> str:
+    """The mean and deviation of every list in a row's `percent`."""
+    (first, *_) = load(benchmark) or [{"percent": {}}]
+    return a_table_a_case(
+        benchmark,
+        [
+            Column(name, lambda row, name=name: mean_and_deviation(row["percent"][name]))
+            for name in first["percent"]
+        ],
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "ood_digits": lambda: a_column_a_set("ood_digits"),
+    "ood_ablation": lambda: a_table_a_case(
+        "ood_ablation",
+        [
+            percent("near_auroc", "near"),
+            percent("random_near_auroc", "random-near"),
+            percent("slightly_blurred_auroc", "slightly blurred"),
+            percent("near_auroc_of_l_plus_h", "near, L + H of these codes"),
+            percent("estimated_overhead", "multiply-adds", 0, "+"),
+            percent("measured_overhead", "processor time", 0, "+"),
+        ],
+    ),
     "health_scan": lambda: a_table_a_case("health_scan", PASS, by="median_ms"),
     "health_scan_call": lambda: a_table_a_case("health_scan_call", CALL),
     "overhead": lambda: a_table_a_case(
