@@ -9,7 +9,7 @@ import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import NonNegativeInt, PositiveInt
@@ -39,6 +39,10 @@ from foreshock.settings import Settings
 from foreshock.signals import FingerprintSettings, SpectralSettings, SpectralWatch
 from foreshock.spectral_risk import SpectralRisk
 
+if TYPE_CHECKING:
+    from foreshock.surprise import SurpriseProbe
+    from foreshock.surprise_watch import SurpriseWatch
+
 __all__ = ["Monitor", "MonitorSettings", "Verdict"]
 
 _log = logging.getLogger("foreshock")
@@ -55,7 +59,7 @@ class MonitorSettings(Settings):
     """Cadence of the monitor; what may be done about a bad step is `Guard`'s."""
 
     accepted_beside: ClassVar[tuple[str, ...]] = (
-        "model", "optimizer", "out_dir", "guard", "state", "sync"
+        "model", "optimizer", "out_dir", "guard", "state", "surprise", "sync"
     )  # fmt: skip
 
     telemetry_interval: PositiveInt = 10
@@ -90,6 +94,8 @@ class MonitorSettings(Settings):
     first steps of this run."""
     alignment_interval: PositiveInt = 100
     """Steps between looks at whether an update goes where its gradient points."""
+    surprise_interval: PositiveInt = 50
+    """Steps between looks at how surprising a batch is, if there is a probe."""
 
 
 class Monitor:
@@ -122,6 +128,8 @@ class Monitor:
         telemetry_interval: steps between telemetry records.
         spectral_enabled: whether the spectra of the weight matrices are followed.
         spectral_interval: steps between looks at them.
+        surprise: a probe of this model, fitted to what it knew before; now and then it listens to a
+            step, and telemetry says how unlike that the batch was.
         sync: whether the verdict is always that of the present step. On a CUDA device it is that of
             the step before where the optimizer is fused, or the guard only observes.
         more: the other fields of `MonitorSettings`; one that is unknown is answered with the
@@ -147,6 +155,7 @@ class Monitor:
         telemetry_interval: int = 10,
         spectral_enabled: bool = True,
         spectral_interval: int = 50,
+        surprise: SurpriseProbe | None = None,
         sync: bool = False,
         **more: Any,
     ) -> None:
@@ -169,6 +178,9 @@ class Monitor:
         self._noise = self._make_noise()
         if self._noise is not None:
             state["noise"] = self._noise
+        self._surprise = self._listen(surprise, model)
+        if self._surprise is not None:
+            state["surprise"] = self._surprise
         lags = not sync and can_lag(model, optimizer, self._guard, _LAGGING_DEVICE)
         watch = LaggingWatch if lags else Watch
         self._watch = watch(model, optimizer, state, self._guard, self._record)
@@ -206,6 +218,17 @@ class Monitor:
         if given.fingerprint_reference is not None:
             noise.load_reference(given.fingerprint_reference)
         return noise
+
+    def _listen(self, probe: SurpriseProbe | None, model: torch.nn.Module) -> SurpriseWatch | None:
+        if probe is None:
+            return None
+        from foreshock.surprise import SurpriseProbe  # not for those who have no probe
+        from foreshock.surprise_watch import SurpriseWatch
+
+        _require(isinstance(probe, SurpriseProbe), "surprise", probe, "a SurpriseProbe or None")
+        if not any(probe.model is module for module in model.modules()):
+            raise ValueError("surprise is a probe of another model; accepted: one of this model")
+        return SurpriseWatch(probe, self._settings.surprise_interval)
 
     def _make_risk(self, spectra: SpectralWatch) -> SpectralRisk:
         given = self._settings
@@ -328,8 +351,10 @@ class Monitor:
             return Verdict(self._watch.step)
         self._journal.steps_run += 1
         is_unstable = self._risk is not None and self._risk.look()
-        before = self._watch.seen
+        before, step = self._watch.seen, self._watch.step
         verdict = self._watch.judge(loss, is_unstable=is_unstable)
+        if self._surprise is not None:
+            self._surprise.note_step(step)
         seen = self._watch.seen
         if seen is None or seen is before:
             return verdict
@@ -357,6 +382,8 @@ class Monitor:
             if self._risk is not None:
                 self._own(self._risk.look_once_more)
             self._gate.remove()
+            if self._surprise is not None:
+                self._surprise.close()
             if self._noise is not None:
                 save = functools.partial(self._noise.save, self._journal.out_dir)
                 self._safely(save, None)
@@ -470,6 +497,7 @@ class Monitor:
             **self._watch.scores,
             **({} if self._risk is None else self._risk.telemetry()),
             **({} if self._noise is None else self._noise.telemetry()),
+            **({} if self._surprise is None else self._surprise.telemetry()),
         )
 
     def _write_summary(self) -> dict[str, Any]:

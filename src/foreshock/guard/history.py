@@ -33,6 +33,7 @@ RESERVED_NAMES = (
     "spikes",
     "spectral",
     "noise",
+    "surprise",
 )
 """Names that no registered state may have."""
 

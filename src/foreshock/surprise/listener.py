@@ -92,6 +92,11 @@ class Listener:
         except Exception as error:  # watching does not break what is watched
             self._fault = error
 
+    @property
+    def has_heard(self) -> bool:
+        """Whether any layer was called."""
+        return self._fault is not None or any(self._forwards)
+
     def components(self) -> dict[str, LayerComponents]:
         """Of all samples in the order in which they ran, by layer.
 

@@ -174,6 +174,11 @@ class Watch:
         self._probe = probe
         self._listener = listener
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was seen, as of a compiled graph."""
+        return not self._listener.has_heard
+
     def surprise(self) -> Surprise:
         """How unlike the data that was fitted the samples are, in the order they were run.
 
