@@ -46,6 +46,7 @@ _COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7
 _INK, _FAINT, _ALARM = "#22252A", "#8A9099", "#C62828"
 _LOGARITHMIC_FROM = 100.0
 _MARKED_UP_TO = 60
+_LARGEST = 1e300
 
 
 def panel_of(metric: str) -> Panel | None:
@@ -163,12 +164,12 @@ def _draw_curve(ax: "Axes", name: str, buckets: Sequence[Bucket], number: int) -
     color = _COLORS[number % len(_COLORS)]
     dashes = "-" if number < len(_COLORS) else "--"
     if any(bucket.low < bucket.high for bucket in buckets):
-        low = [bucket.low if bucket.low <= bucket.high else math.nan for bucket in buckets]
-        high = [bucket.high if bucket.low <= bucket.high else math.nan for bucket in buckets]
+        low = [_drawable(bucket.low) for bucket in buckets]
+        high = [_drawable(bucket.high) for bucket in buckets]
         ax.fill_between(steps, low, high, color=color, alpha=0.22, linewidth=0.6, zorder=2)
     ax.plot(
         steps,
-        [bucket.mean for bucket in buckets],
+        [_drawable(bucket.mean) for bucket in buckets],
         dashes,
         color=color,
         linewidth=1.5,
@@ -177,6 +178,12 @@ def _draw_curve(ax: "Axes", name: str, buckets: Sequence[Bucket], number: int) -
         label=_printable(name),
         zorder=3 if number else 4,
     )
+
+
+def _drawable(number: float) -> float:
+    """NaN, a gap, for the extremes of what has no finite value."""
+    # An axis must be able to span what it shows, and to leave a margin.
+    return max(-_LARGEST, min(_LARGEST, number)) if math.isfinite(number) else math.nan
 
 
 def _scale(ax: "Axes", panel: Panel, buckets: Sequence[Bucket]) -> None:

@@ -243,7 +243,7 @@ class CsvRows:
     def _look(self) -> tuple[tuple[str, ...], int]:
         """Columns and number of rows; a torn last line is cut off."""
         header = csv_header(FIXED).encode() + b"\n"
-        if self._tail.size < len(header) and header.startswith(self.path.read_bytes()):
+        if self._tail.size < len(header) and self._is_beginning_of(header):
             self._tail.append(header)
             return FIXED, 0
         num_lines = 0
@@ -258,6 +258,10 @@ class CsvRows:
             raise ValueError("its columns are not those of a metrics file")
         self._tail.cut_back(end)
         return columns, num_lines
+
+    def _is_beginning_of(self, header: bytes) -> bool:
+        # A device of size 0 is not read: it may have no end.
+        return self._tail.size == 0 or header.startswith(self.path.read_bytes())
 
     def _lines_of(self, rows: Iterable[Row]) -> Iterator[bytes]:
         yield csv_header(self._columns).encode() + b"\n"

@@ -128,12 +128,9 @@ def row_of_record(record: Mapping[str, object]) -> Row:
         KeyError, TypeError, ValueError: it is no record of this recorder.
     """
     optional = {name: value for name, value in record.items() if name not in FIXED}
-    values = cast(
-        "tuple[JsonValue, ...]", (*(record[name] for name in REQUIRED), *optional.values())
-    )
+    given = (*(record[name] for name in REQUIRED), *optional.values())
+    values = cast("tuple[JsonValue, ...]", tuple(map(_number_again, given)))
     checked_step(values[0])
-    for name, value in zip(REQUIRED[1:], values[1:], strict=False):
-        checked_number(name, value)
     time_ns = _nanoseconds(record["timestamp"])
     elapsed_s = checked_number("elapsed_time_seconds", record["elapsed_time_seconds"])
     return Row(tuple(optional), values, are_numbers(values), time_ns, float(elapsed_s))
@@ -196,6 +193,10 @@ def _settled(value: object, encoded: JsonValue) -> JsonValue:
     if isinstance(encoded, str) and not isinstance(value, str):
         return cast(JsonValue, decode_nonfinite_texts(encoded))
     return encoded
+
+
+def _number_again(value: object) -> object:
+    return decode_nonfinite_texts(value) if isinstance(value, str) else value
 
 
 def _nanoseconds(timestamp: object) -> int:

@@ -1,5 +1,7 @@
 """What is kept in memory of all rows: statistics and curves, of a size that does not grow."""
 
+import contextlib
+import sys
 from collections.abc import Sequence
 from itertools import groupby
 from operator import attrgetter
@@ -12,6 +14,7 @@ from foreshock.records.metrics_statistics import MetricStatistics
 from foreshock.records.strict_json import JsonValue
 
 MAX_CURVES = 16
+_LARGEST = int(sys.float_info.max)
 _NOT_METRICS = ("step", "epoch")
 
 
@@ -57,14 +60,8 @@ class MetricsTally:
         are_plain = all(row.is_plain for row in rows)
         steps, *columns = zip(*[row.values for row in rows], strict=True)
         for name, column in zip((*REQUIRED[1:], *names), columns, strict=True):
-            if name in _NOT_METRICS:
-                continue
-            at, values = steps, column
-            if not are_plain:
-                kept = [is_number(value) for value in column]
-                at = tuple(step for step, is_kept in zip(steps, kept, strict=True) if is_kept)
-                values = tuple(value for value in column if is_number(value))
-            self._add(name, cast("tuple[int, ...]", at), _floats(values))
+            if name not in _NOT_METRICS:
+                self._add(name, *_floats(cast("tuple[int, ...]", steps), column, are_plain))
 
     def _add(self, name: str, steps: Sequence[int], values: Sequence[float]) -> None:
         if not values:
@@ -80,16 +77,16 @@ class MetricsTally:
             curve.add(steps, values)
 
 
-def _floats(values: Sequence[JsonValue]) -> list[float]:
-    numbers = cast("Sequence[float]", values)
-    try:
-        return [*map(float, numbers)]
-    except OverflowError:
-        return [_nearest_float(number) for number in numbers]
-
-
-def _nearest_float(number: float) -> float:
-    try:
-        return float(number)
-    except OverflowError:
-        return float("inf") if number > 0 else float("-inf")
+def _floats(
+    steps: Sequence[int], values: Sequence[JsonValue], are_numbers: bool
+) -> tuple[Sequence[int], Sequence[float]]:
+    """The values that are numbers which a float can hold, and their steps."""
+    if are_numbers:
+        with contextlib.suppress(OverflowError):
+            return steps, [*map(float, cast("Sequence[float]", values))]
+    found = [
+        (step, float(cast(float, value)))
+        for step, value in zip(steps, values, strict=True)
+        if is_number(value) and not (isinstance(value, int) and abs(value) > _LARGEST)
+    ]
+    return [step for step, _ in found], [value for _, value in found]
