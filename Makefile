@@ -45,7 +45,7 @@ lint: setup
 bench: setup
 	$(BIN)/python -m pytest benchmarks/health_scan.py benchmarks/power_iteration.py \
 		benchmarks/rolling_zscore.py benchmarks/spikes.py benchmarks/spectral_risk.py \
-		benchmarks/overhead.py --benchmark-only -q -W default
+		benchmarks/recorder.py benchmarks/overhead.py --benchmark-only -q -W default
 	$(BIN)/python -m benchmarks.tables
 
 docs: setup

@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from foreshock.records.atomic_file import write_atomically
 from foreshock.records.curves_envelope import Bucket, Envelope
@@ -44,6 +44,8 @@ PANELS = (
 # Okabe and Ito's, which people who confuse red and green tell apart; blue for the main metric.
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F", "#000000")
 _INK, _FAINT, _ALARM = "#22252A", "#8A9099", "#C62828"
+# In a corner that falling curves leave free; to look for the best one costs a pass over all.
+_LEGEND: dict[str, Any] = {"loc": "upper right", "frameon": False, "fontsize": 9, "ncols": 2}
 _LOGARITHMIC_FROM = 100.0
 _MARKED_UP_TO = 60
 _LARGEST = 1e300
@@ -140,7 +142,7 @@ def _draw_panel(ax: "Axes", panel: Panel, curves: Mapping[str, Sequence[Bucket]]
     _mark_nonfinite(ax, [bucket for buckets in curves.values() for bucket in buckets])
     handles, labels = ax.get_legend_handles_labels()
     if len(labels) > 1 or labels != [panel.name]:
-        legend = ax.legend(handles, labels, frameon=False, fontsize=9, labelcolor=_INK, ncols=2)
+        legend = ax.legend(handles, labels, **_LEGEND, labelcolor=_INK)
         for text in legend.get_texts():
             text.set_parse_math(False)
 
