@@ -450,10 +450,11 @@ def test_forgotten_recorder_saves_and_lets_go_of_the_files(tmp_path):
     assert steps(path) == [*range(10)]
 
 
-def test_interrupted_save_is_made_whole_by_the_next(recorder, monkeypatch):
+@pytest.mark.parametrize("during", ["array", "table"])
+def test_interrupted_save_is_made_whole_by_the_next(recorder, monkeypatch, during):
     record_some(recorder, 2)
     write = LockedFile.write
-    interruptions = iter([True])
+    interruptions = iter([True] if during == "array" else [False, True])
 
     def write_and_interrupt(file, data, offset):
         write(file, data, offset)

@@ -86,6 +86,15 @@ def test_no_extreme_is_lost_in_any_order_of_steps(points, num_lines):
             assert bucket.nonfinite > 0
 
 
+@pytest.mark.parametrize("step", [0, 33_333, 54_321, 65_535, 65_536, 77_777, 99_999])
+def test_single_spike_in_a_long_curve_is_kept(step):
+    for spike in (9.0, -9.0):
+        curve = Envelope()
+        curve.add(range(100_000), [spike if at == step else 1.0 for at in range(100_000)])
+        (bucket,) = [b for b in curve.buckets() if b.step <= step < b.step + curve.width]
+        assert (bucket.low, bucket.high) == (min(spike, 1.0), max(spike, 1.0))
+
+
 def test_mean_of_a_long_curve_is_that_of_its_values():
     curve = Envelope()
     curve.add(range(100_000), [step % 7 for step in range(100_000)])

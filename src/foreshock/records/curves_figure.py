@@ -86,7 +86,8 @@ def draw_curves(path: Path, model_name: str, num_rows: int, curves: Mapping[str,
     except ImportError as error:
         why = "the picture needs matplotlib; install foreshock[plots]"
         raise ImportError(why) from error
-    figure = Figure(figsize=(12, 7.6), dpi=130, layout="constrained", facecolor="white")
+    figure = Figure(figsize=(12, 7.6), dpi=130, facecolor="white")
+    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a glyph that the font lacks is no fault of the run
         _fill(figure, model_name, num_rows, curves)
