@@ -132,7 +132,7 @@ def _caption(num_rows: int, curves: Mapping[str, Envelope]) -> str:
 def _draw_panel(ax: "Axes", panel: Panel, curves: Mapping[str, Sequence[Bucket]]) -> None:
     _dress(ax, panel)
     if not any(curves.values()):
-        ax.set(xticks=[], yticks=[], facecolor="#F6F7F9")
+        ax.set(xticks=[], yticks=[], xlabel="", facecolor="#F6F7F9")
         ax.spines[:].set_visible(False)
         said = f"no {panel.title.lower()} was recorded"
         ax.text(0.5, 0.5, said, ha="center", va="center", transform=ax.transAxes, color=_FAINT)
@@ -197,6 +197,8 @@ def _scale(ax: "Axes", panel: Panel, buckets: Sequence[Bucket]) -> None:
     if panel.may_be_logarithmic and low > 0 and high / low >= _LOGARITHMIC_FROM:
         ax.set_yscale("log")
         ax.tick_params(which="both", length=0)
+    elif panel.name == "learning_rate":
+        ax.yaxis.set_major_formatter(lambda rate, _: f"{rate:g}")  # no power of ten set apart
     elif panel.name == "accuracy" and low >= 0 and high <= 1:
         ax.set_ylim(-0.02, 1.02)
 
