@@ -193,6 +193,7 @@ TABLES: dict[str, Callable[[], str]] = {
             number("per_10_000", "in 10 000 steps"),
         ],
     ),
+    "recorder": lambda: a_table_a_case("recorder", [number("median_us", "median us", 1)]),
     "rolling_zscore": lambda: a_table_a_case(
         "rolling_zscore",
         [

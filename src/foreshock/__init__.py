@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from foreshock.guard import clip_grad_norm_ as clip_grad_norm_
     from foreshock.monitor import Monitor as Monitor
     from foreshock.monitor import Verdict as Verdict
+    from foreshock.settings_file import load_settings as load_settings
     from foreshock.signals import entropy_rate as entropy_rate
     from foreshock.signals import f_total as f_total
     from foreshock.signals import processivity as processivity
@@ -35,6 +36,7 @@ _LAZY = {
     "f_total": "foreshock.signals",
     "guard": "",
     "integrations": "",
+    "load_settings": "foreshock.settings_file",
     "processivity": "foreshock.signals",
     "records": "",
     "signals": "",

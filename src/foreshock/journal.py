@@ -33,7 +33,7 @@ from foreshock.records import (
     write_autopsy,
     write_summary,
 )
-from foreshock.records.strict_json import dump_json
+from foreshock.records.strict_json import dump_json, to_json_object
 
 _log = logging.getLogger("foreshock")
 
@@ -78,7 +78,7 @@ class Journal:
         """The run's directory."""
         try:
             self.out_dir.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.out_dir / "config.json", dump_json(config))
+            write_atomically(self.out_dir / "config.json", dump_json(to_json_object(config)))
             self._ledger = self._open_ledger()
             self._telemetry = TelemetryWriter(self.out_dir / "telemetry.jsonl", ledger=self._ledger)
         except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -150,3 +151,11 @@ def test_a_loss_must_be_one_number(monitor: Any, bad: object, said: str) -> None
 )
 def test_any_one_number_is_a_loss(monitor: Any, loss: Any) -> None:
     assert monitor.step(loss).action is fs.Action.CONTINUE
+
+
+def test_a_threshold_that_is_never_reached_is_written_to_the_configuration(
+    model: Any, optimizer: Any, tmp_path: Path
+) -> None:
+    fs.Monitor(model, optimizer, tmp_path, fs.Guard(spike_z=math.inf)).finalize()
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["guard"]["spike_z"] == "Infinity"

@@ -17,8 +17,12 @@ def imported_modules(file):
             yield node.module
 
 
-# Imported when a key is given, and not before.
-OPTIONAL = {"ledger_signature.py": "cryptography", "ledger_seals.py": "cryptography"}
+# Imported when a key or a picture is asked for, and not before.
+OPTIONAL = {
+    "curves_figure.py": "matplotlib",
+    "ledger_signature.py": "cryptography",
+    "ledger_seals.py": "cryptography",
+}
 
 
 def test_records_import_the_standard_library_and_themselves_only():

@@ -8,18 +8,26 @@ from foreshock.records.autopsy_file import read_autopsy, write_autopsy
 from foreshock.records.ledger import Ledger
 from foreshock.records.ledger_chain import is_private_value
 from foreshock.records.ledger_verification import Verification, read_ledger, verify
+from foreshock.records.metrics_reader import Metrics, read_metrics
+from foreshock.records.metrics_recorder import MetricsRecorder
+from foreshock.records.poc_report import read_poc_report, read_poc_summary
 from foreshock.records.summary import read_summary, write_summary
 from foreshock.records.telemetry_reader import Telemetry, read_telemetry
 from foreshock.records.telemetry_writer import TelemetryWriter
 
 __all__ = [
     "Ledger",
+    "Metrics",
+    "MetricsRecorder",
     "Telemetry",
     "TelemetryWriter",
     "Verification",
     "is_private_value",
     "read_autopsy",
     "read_ledger",
+    "read_metrics",
+    "read_poc_report",
+    "read_poc_summary",
     "read_summary",
     "read_telemetry",
     "verify",
