@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from foreshock import guard as guard
     from foreshock import records as records
     from foreshock import signals as signals
+    from foreshock import surprise as surprise
     from foreshock.guard import Action as Action
     from foreshock.guard import Guard as Guard
     from foreshock.guard import clip_grad_norm_ as clip_grad_norm_
@@ -35,6 +36,7 @@ _LAZY = {
     "processivity": "foreshock.signals",
     "records": "",
     "signals": "",
+    "surprise": "",
     "theta_consistency": "foreshock.signals",
     "two_second_precursor": "foreshock.signals",
 }

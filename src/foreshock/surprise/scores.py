@@ -1,0 +1,42 @@
+"""What is said of a batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerComponents:
+    """What the score of one layer is made of: `soft_assign` of its whitened output. All (N,).
+
+    Of a layer with positions each is reduced over these like the score.
+    """
+
+    distance: Tensor
+    """D: squared distance to the nearest code, in units of the spread within clusters."""
+    length: Tensor
+    """L: code length in nats. Falls far from every code: never a score by itself."""
+    entropy: Tensor
+    """H: entropy over codes in nats. Falls far from every code: never a score by itself."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Surprise:
+    """How unlike the data that was fitted each of N samples is."""
+
+    score: Tensor
+    """(N,) float32: aggregate of `per_layer`; higher is stranger; NaN if a layer was not finite."""
+    percentile: Tensor
+    """(N,) float64: share of held-out normal data that scores no higher, 0 to 1."""
+    per_layer: Mapping[str, Tensor]
+    """By layer, (N,) float32: standard deviations above the mean of held-out normal data."""
+    is_ood: Tensor
+    """(N,) bool: whether the score is above the calibrated threshold, or NaN."""
+    components: Mapping[str, LayerComponents] = dataclasses.field(default_factory=dict)
+    """By layer: what the score is made of, where it is known."""
+
+    def __len__(self) -> int:
+        return len(self.score)
