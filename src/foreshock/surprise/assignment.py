@@ -46,7 +46,7 @@ class _MeanUsage(torch.autograd.Function):
         return torch.stack([p_NK.sum(0) for *_, p_NK in slabs]).sum(0) / len(x_ND)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_K: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         """With z = -d2 / T: w = dL/dz = p (g - sum_j p_j g_j) / N, of which every row sums to 0."""
         x_ND, centers_KD = ctx.saved_tensors
@@ -77,5 +77,6 @@ def mean_usage(x: Tensor, centers: Tensor, temperature: float) -> Tensor:
     Cost:
         Two products of N K D multiply-adds and as much backward; memory of a slab of rows.
     """
-    usage: Tensor = _MeanUsage.apply(x.reshape(-1, x.shape[-1]), centers, temperature)
+    rows_ND = x.reshape(-1, x.shape[-1])
+    usage: Tensor = _MeanUsage.apply(rows_ND, centers, temperature)  # type: ignore[no-untyped-call]
     return usage

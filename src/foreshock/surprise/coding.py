@@ -80,21 +80,36 @@ class Coder(nn.Module):
         self.name = name
         self.recording = recording
         self.is_detached = settings.detach
-        self.temperature = float(settings.temperature)
+        self.temperature = settings.temperature
         self.beta_length = float(settings.beta_length)
         self.beta_entropy = float(settings.beta_entropy)
         self.beta_distance = float(settings.beta_distance)
         self.pooling = settings.pooling if isinstance(layer, nn.Conv2d) else "positions"
         self.is_channels_first = isinstance(layer, nn.Conv2d)
         width = layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features
-        place = {"device": layer.weight.device, "dtype": layer.weight.dtype}
         self.projection = None
         if settings.coding_dim is not None:
-            drawn = _orthogonal(settings.coding_dim, width, seed).to(**place)
-            self.projection = nn.Parameter(drawn)
+            drawn = _orthogonal(settings.coding_dim, width, seed)
+            self.projection = nn.Parameter(drawn.to(layer.weight.device, layer.weight.dtype))
         self.codebook = Codebook(
-            settings.codes, settings.coding_dim or width, init=settings.init, seed=seed, **place
+            settings.codes,
+            settings.coding_dim or width,
+            init=settings.init,
+            seed=seed,
+            device=layer.weight.device,
+            dtype=layer.weight.dtype,
         )
+
+    @property
+    def temperature(self) -> float:
+        """Of the softmax over codes, in squared distance."""
+        return self._temperature.item()
+
+    @temperature.setter
+    def temperature(self, temperature: float) -> None:
+        # A tensor, or the compiler would start anew at each step of a schedule; no buffer, which
+        # `.to(torch.bfloat16)` would round; and a new one, as traces hold the one that they had.
+        self._temperature = torch.tensor(check_temperature(temperature), dtype=torch.float64)
 
     def listen(self, output: Tensor, layer_input: Tensor, layer: nn.Module) -> None:
         """Codes a layer's output and notes it, if the model that it belongs to is running."""
@@ -106,7 +121,7 @@ class Coder(nn.Module):
             self.recording.calls.append(
                 Call(
                     self.name,
-                    self.temperature,
+                    self._temperature,
                     reduced,
                     code.best_index,
                     code.distance,
@@ -119,26 +134,27 @@ class Coder(nn.Module):
     def _reduced(self, output: Tensor, layer_input: Tensor, layer: nn.Module) -> Tensor:
         """(..., D), in memory of its own: an activation may be about to overwrite the output."""
         features = output.detach() if self.is_detached else output
-        # Max pooling and projections save their input, if it can get a gradient.
-        if not self.is_detached and torch.is_grad_enabled() and self.pooling != "mean":
-            features = features.clone()
-        is_own = features is not output and not self.is_detached
-        if self.is_channels_first and self.pooling == "positions":
+        if self.is_channels_first and self.pooling == "mean":
+            return self._projected(features.mean((-2, -1)))
+        if self.is_channels_first and self.pooling == "max":
+            # What amax may have to differentiate it keeps.
+            kept = _copy(features) if features.requires_grad else features
+            return self._projected(kept.amax((-2, -1)))
+        if self.is_channels_first:
             features = features.movedim(-3, -1)
-        elif self.is_channels_first:
-            features = features.mean((-2, -1)) if self.pooling == "mean" else features.amax((-2, -1))
-            is_own = True
         if self.projection is None:
-            return features if is_own and features.is_contiguous() else _copy(features)
-        if is_own or not (torch.is_grad_enabled() and self.projection.requires_grad):
-            return F.linear(features, self.projection)
-        if _is_plain_linear(layer):
+            return _copy(features)
+        is_kept = torch.is_grad_enabled() and self.projection.requires_grad
+        if is_kept and self.is_detached and _is_plain_linear(layer):
             assert isinstance(layer, nn.Linear)
-            reduced: Tensor = _ProjectionOfLinear.apply(
+            reduced: Tensor = _ProjectionOfLinear.apply(  # type: ignore[no-untyped-call]
                 features, self.projection, layer_input.detach(), layer.weight, layer.bias
             )
             return reduced
-        return F.linear(_copy(features), self.projection)
+        return self._projected(_copy(features) if is_kept else features)
+
+    def _projected(self, features: Tensor) -> Tensor:
+        return features if self.projection is None else F.linear(features, self.projection)
 
     def _code(self, reduced: Tensor) -> SoftCode:
         betas = self.beta_length, self.beta_entropy, self.beta_distance
@@ -151,13 +167,11 @@ class Coder(nn.Module):
                 beta_entropy=betas[1],
                 beta_distance=betas[2],
             )
-        # A temperature that changes is a tensor to the compiler, or each step would be compiled:
-        # d2 / T = |x / sqrt(T) - c / sqrt(T)|^2.
+        # The op takes a number: d2 / T = |x / sqrt(T) - c / sqrt(T)|^2.
         wide = torch.float64 if reduced.dtype == torch.float64 else torch.float32
-        temperature = torch.full((), self.temperature, dtype=wide, device=reduced.device)
-        scale = temperature.rsqrt()
+        scale = self._temperature.rsqrt()
         code = soft_assign(reduced.to(wide) * scale, self.codebook.centers.to(wide) * scale)
-        distance = code.distance * temperature
+        distance = code.distance * self._temperature
         surprise = betas[0] * code.length + betas[1] * code.entropy + betas[2] * distance.log1p()
         return SoftCode(code.best_index, distance, code.length, code.entropy, surprise, None)
 
@@ -169,7 +183,7 @@ class Coder(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         """Takes over what `get_extra_state` of another has given."""
         temperature, *betas = state.tolist()
-        self.temperature = check_temperature(temperature)
+        self.temperature = temperature
         self.beta_length, self.beta_entropy, self.beta_distance = betas
 
     def extra_repr(self) -> str:
@@ -229,7 +243,7 @@ class _Coding:
         return output
 
 
-class CodingLinear(_Coding, nn.Linear):
+class CodingLinear(_Coding, nn.Linear):  # type: ignore[misc]
     """An nn.Linear that codes its output (..., O), each position by itself.
 
     A layer becomes one in place by `wrap`, and stays what it was: the same object with the same
@@ -237,7 +251,7 @@ class CodingLinear(_Coding, nn.Linear):
     """
 
 
-class CodingConv2d(_Coding, nn.Conv2d):
+class CodingConv2d(_Coding, nn.Conv2d):  # type: ignore[misc]
     """An nn.Conv2d that codes its output (N, O, H, W): its mean or maximum over H and W, or each
     position by itself. See `CodingLinear`."""
 
@@ -263,20 +277,20 @@ def _coding_class(plain: type) -> type:
     return made
 
 
-def start_coding(layer: nn.Module, coder: Coder) -> CodingLayer:
-    """Makes the layer code what it puts out.
-
-    Raises:
-        ValueError: it does already, or something else stands in for its forward.
-    """
+def check_can_code(name: str, layer: nn.Module) -> None:
+    """Raises ValueError if the layer codes already, or does not run its class's forward."""
     if isinstance(layer, _Coding):
-        raise ValueError(f"layer {coder.name!r} codes already; accepted: wrapping once")
+        raise ValueError(f"layer {name!r} codes already; accepted: wrapping once")
     if "forward" in vars(layer):
         raise ValueError(
-            f"layer {coder.name!r} has its forward replaced on the object; accepted: a layer that "
-            "runs its class's forward"
+            f"layer {name!r} has its forward replaced on the object; accepted: a layer that runs "
+            "its class's forward"
         )
-    layer.__class__ = _coding_class(type(layer))  # type: ignore[assignment]
+
+
+def start_coding(layer: nn.Module, coder: Coder) -> CodingLayer:
+    """Makes the layer code what it puts out."""
+    layer.__class__ = _coding_class(type(layer))
     layer.coding = coder
     return layer  # type: ignore[return-value]
 

@@ -64,9 +64,9 @@ def coding_loss(
 
 
 def _loss_of(rows: CodedRows, assign: float, commit: float, balance: float) -> Tensor:
-    loss = assign * rows.surprise.mean() + commit * rows.distance.mean()
+    loss: Tensor = assign * rows.surprise.mean() + commit * rows.distance.mean()
     if balance == 0:
         return loss
     usage_K = mean_usage(rows.reduced, rows.centers, rows.temperature)
-    entropy = -torch.special.xlogy(usage_K, usage_K.clamp(min=1e-12)).sum()
+    entropy: Tensor = -torch.special.xlogy(usage_K, usage_K.clamp(min=1e-12)).sum()
     return loss + balance * (math.log(len(usage_K)) - entropy)

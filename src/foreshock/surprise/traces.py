@@ -46,7 +46,7 @@ class Call(NamedTuple):
     """A trace as tensors alone, as they are noted while the model runs."""
 
     layer: str
-    temperature: float
+    temperature: Tensor
     reduced: Tensor
     best_index: Tensor
     distance: Tensor
@@ -80,7 +80,7 @@ class Recording:
         for call in self.calls:
             count = seen.get(call.layer, 0)
             seen[call.layer] = count + 1
-            meta = TraceMeta(call.layer, count, call.temperature)
+            meta = TraceMeta(call.layer, count, call.temperature.item())
             code = SoftCode(*call[3:], probs=None)
             traces.append(CodingTrace(call.reduced, code, meta))
         return traces
