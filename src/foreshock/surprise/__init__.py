@@ -2,11 +2,24 @@
 
 from foreshock.surprise.aggregation import max_surprise, mean_surprise, weighted_surprise
 from foreshock.surprise.calibration import EmpiricalPercentileCalibrator
+from foreshock.surprise.codebook import Codebook
+from foreshock.surprise.coding import CodingConv2d, CodingLinear
+from foreshock.surprise.ema import CodesReseeded, EmaCodebookUpdater
 from foreshock.surprise.scores import LayerComponents, Surprise
+from foreshock.surprise.temperature import CosineTemperature, FixedTemperature
+from foreshock.surprise.traces import CodingTrace
 from foreshock.surprise.wrapped_model import WrappedModel, wrap
 
 __all__ = [
+    "Codebook",
+    "CodesReseeded",
+    "CodingConv2d",
+    "CodingLinear",
+    "CodingTrace",
+    "CosineTemperature",
+    "EmaCodebookUpdater",
     "EmpiricalPercentileCalibrator",
+    "FixedTemperature",
     "LayerComponents",
     "Surprise",
     "WrappedModel",

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, TypeGuard, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from foreshock.ops import SoftCode, soft_assign
+from foreshock.ops import soft_assign
 from foreshock.surprise.codebook import Codebook, Init
 from foreshock.surprise.traces import Call, Recording
 
@@ -116,20 +116,10 @@ class Coder(nn.Module):
         if not self.recording.is_coding:
             return
         reduced = self._reduced(output, layer_input, layer)
-        code = self._code(reduced)
+        parts = self._coded(reduced)
         if self.recording.is_open:
-            self.recording.calls.append(
-                Call(
-                    self.name,
-                    self._temperature,
-                    reduced,
-                    code.best_index,
-                    code.distance,
-                    code.length,
-                    code.entropy,
-                    code.surprise,
-                )
-            )
+            betas = self.beta_length, self.beta_entropy, self.beta_distance
+            self.recording.calls.append(Call(self.name, self._temperature, betas, reduced, *parts))
 
     def _reduced(self, output: Tensor, layer_input: Tensor, layer: nn.Module) -> Tensor:
         """(..., D), in memory of its own: an activation may be about to overwrite the output."""
@@ -144,36 +134,29 @@ class Coder(nn.Module):
             features = features.movedim(-3, -1)
         if self.projection is None:
             return _copy(features)
-        is_kept = torch.is_grad_enabled() and self.projection.requires_grad
-        if is_kept and self.is_detached and _is_plain_linear(layer):
-            assert isinstance(layer, nn.Linear)
+        if self.is_detached and _is_plain_linear(layer):
+            bias = None if layer.bias is None else layer.bias.detach()
             reduced: Tensor = _ProjectionOfLinear.apply(  # type: ignore[no-untyped-call]
-                features, self.projection, layer_input.detach(), layer.weight, layer.bias
+                features, self.projection, layer_input.detach(), layer.weight.detach(), bias
             )
             return reduced
+        is_kept = torch.is_grad_enabled() and self.projection.requires_grad
         return self._projected(_copy(features) if is_kept else features)
 
     def _projected(self, features: Tensor) -> Tensor:
         return features if self.projection is None else F.linear(features, self.projection)
 
-    def _code(self, reduced: Tensor) -> SoftCode:
-        betas = self.beta_length, self.beta_entropy, self.beta_distance
+    def _coded(self, reduced: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The nearest code of each row, d2 to it, L and H."""
+        centers = self.codebook.centers
         if not torch.compiler.is_compiling():
-            return soft_assign(
-                reduced,
-                self.codebook.centers,
-                temperature=self.temperature,
-                beta_length=betas[0],
-                beta_entropy=betas[1],
-                beta_distance=betas[2],
-            )
+            code = soft_assign(reduced, centers, temperature=self.temperature)
+            return code.best_index, code.distance, code.length, code.entropy
         # The op takes a number: d2 / T = |x / sqrt(T) - c / sqrt(T)|^2.
         wide = torch.float64 if reduced.dtype == torch.float64 else torch.float32
         scale = self._temperature.rsqrt()
-        code = soft_assign(reduced.to(wide) * scale, self.codebook.centers.to(wide) * scale)
-        distance = code.distance * self._temperature
-        surprise = betas[0] * code.length + betas[1] * code.entropy + betas[2] * distance.log1p()
-        return SoftCode(code.best_index, distance, code.length, code.entropy, surprise, None)
+        code = soft_assign(reduced.to(wide) * scale, centers.to(wide) * scale)
+        return code.best_index, code.distance * self._temperature, code.length, code.entropy
 
     def get_extra_state(self) -> Tensor:
         """float64 (4,): the temperature and the betas of length, entropy and distance."""
@@ -203,6 +186,9 @@ class _ProjectionOfLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(a, weight, bias)
         ctx.dtype = projection.dtype
+        if _is_cheaper_from_input(y, projection, a, weight):
+            offset = None if bias is None else projection @ bias
+            return F.linear(a, projection @ weight, offset)
         return F.linear(y, projection)
 
     @staticmethod
@@ -210,13 +196,22 @@ class _ProjectionOfLinear(torch.autograd.Function):
         a, weight, bias = ctx.saved_tensors
         g_ND = grads[0].reshape(-1, grads[0].shape[-1]).to(weight.dtype)
         a_NI = a.reshape(-1, a.shape[-1]).to(weight.dtype)
-        grad_DO = (g_ND.T @ a_NI) @ weight.T
-        if bias is not None:
-            grad_DO = grad_DO + torch.outer(g_ND.sum(0), bias)
+        with torch.autocast(weight.device.type, enabled=False):
+            grad_DO = (g_ND.T @ a_NI) @ weight.T
+            if bias is not None:
+                grad_DO.addr_(g_ND.sum(0), bias)
         return None, grad_DO.to(ctx.dtype), None, None, None
 
 
-def _is_plain_linear(layer: nn.Module) -> bool:
+def _is_cheaper_from_input(y: Tensor, projection: Tensor, a: Tensor, weight: Tensor) -> bool:
+    """Whether a (P W)^T takes fewer multiply-adds than y P^T, and no more rounding."""
+    if torch.compiler.is_compiling() or y.dtype != weight.dtype or y.dtype.itemsize < 4:
+        return False
+    (outputs, inputs), rows = weight.shape, y.numel() // max(1, weight.shape[0])
+    return inputs * (rows + outputs) < outputs * rows
+
+
+def _is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether the layer is a product with its own weight and nothing else."""
     return plain_class(layer).forward is nn.Linear.forward and "weight" in layer._parameters
 

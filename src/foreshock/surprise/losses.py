@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from foreshock.surprise.assignment import mean_usage
+from foreshock.surprise.assignment import rows_to_win
+from foreshock.surprise.traces import Call
 
 
-@dataclasses.dataclass(frozen=True)
-class CodedRows:
-    """One call's rows with their codes, in the graph."""
+class CodedRows(NamedTuple):
+    """One call of a layer in its graph, with the centers (K, D) that it was coded by."""
 
-    reduced: Tensor
-    """(..., D)."""
+    call: Call
     centers: Tensor
-    """(K, D)."""
-    temperature: float
-    distance: Tensor
-    """(...)."""
-    surprise: Tensor
-    """(...)."""
 
 
 def coding_loss(
@@ -35,9 +28,11 @@ def coding_loss(
 ) -> Tensor:
     """The mean over calls of assign_weight mean S + commit_weight mean d2 + balance_weight B.
 
-    B = log K - H(u), u_k = mean_n p_nk: how far, in nats, soft usage of the codes is from equal.
-    S alone is least where all rows have one code and the others are far away; d2 keeps the centers
-    at the features, B keeps codes in use.
+    B = sum_k min_n (|r_n - c_k|^2 - d2_n), d2_n = min_j |r_n - c_j|^2: 0 for a code that is some
+    row's nearest; any other is drawn to the row that it is closest to winning, until it has. S
+    alone is least where all rows have one code and the others are far away; d2 keeps the used
+    centers at the features. (The entropy of mean p would not do: it is flat where the second code
+    is many temperatures behind, and content with codes between all rows.)
 
     Args:
         calls: coded rows, at least one row in each.
@@ -47,7 +42,7 @@ def coding_loss(
     Raises:
         ValueError: a weight out of bounds, or no calls.
     Cost:
-        Two products of N K D multiply-adds for B and as many backward, which computes p again.
+        N K D multiply-adds for B; backward is of K D.
     """
     weights = {
         "assign_weight": assign_weight,
@@ -64,9 +59,19 @@ def coding_loss(
 
 
 def _loss_of(rows: CodedRows, assign: float, commit: float, balance: float) -> Tensor:
-    loss: Tensor = assign * rows.surprise.mean() + commit * rows.distance.mean()
-    if balance == 0:
-        return loss
-    usage_K = mean_usage(rows.reduced, rows.centers, rows.temperature)
-    entropy: Tensor = -torch.special.xlogy(usage_K, usage_K.clamp(min=1e-12)).sum()
-    return loss + balance * (math.log(len(usage_K)) - entropy)
+    call, centers = rows
+    of_length, of_entropy, of_distance = call.betas
+    surprise = of_length * call.length.mean() + of_entropy * call.entropy.mean()
+    if of_distance != 0:
+        surprise = surprise + of_distance * call.distance.log1p().mean()
+    loss = assign * surprise + commit * call.distance.mean()
+    return loss if balance == 0 else loss + balance * _balance(call, centers)
+
+
+def _balance(call: Call, centers: Tensor) -> Tensor:
+    rows_ND, distance_N = call.reduced.detach().flatten(0, -2), call.distance.detach().flatten()
+    to_win_K = rows_to_win(rows_ND, centers.detach(), distance_N)
+    d2_K = (centers - rows_ND[to_win_K]).to(distance_N.dtype).square().sum(1)
+    # Of a used code the difference is 0 but for rounding, and its gradient would come and go.
+    is_unused_K = torch.ones_like(d2_K).index_fill_(0, call.best_index.flatten(), 0)
+    return (is_unused_K * (d2_K - distance_N[to_win_K])).sum()

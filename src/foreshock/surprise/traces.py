@@ -47,16 +47,24 @@ class Call(NamedTuple):
 
     layer: str
     temperature: Tensor
+    betas: tuple[float, float, float]
     reduced: Tensor
     best_index: Tensor
     distance: Tensor
     length: Tensor
     entropy: Tensor
-    surprise: Tensor
 
     def detached(self) -> Call:
         """The same without the graph."""
-        return Call(*self[:2], *(part.detach() for part in self[2:]))
+        return Call(*self[:3], *(part.detach() for part in self[3:]))
+
+    def soft_code(self) -> SoftCode:
+        """The same with S, which is computed for those who ask."""
+        of_length, of_entropy, of_distance = self.betas
+        surprise = of_length * self.length + of_entropy * self.entropy
+        if of_distance != 0:
+            surprise = surprise + of_distance * self.distance.log1p()
+        return SoftCode(*self[4:], surprise=surprise, probs=None)
 
 
 class Recording:
@@ -81,8 +89,7 @@ class Recording:
             count = seen.get(call.layer, 0)
             seen[call.layer] = count + 1
             meta = TraceMeta(call.layer, count, call.temperature.item())
-            code = SoftCode(*call[3:], probs=None)
-            traces.append(CodingTrace(call.reduced, code, meta))
+            traces.append(CodingTrace(call.reduced, call.soft_code(), meta))
         return traces
 
     def __getstate__(self) -> dict[str, Any]:

@@ -196,16 +196,7 @@ class WrappedModel(nn.Module):
             ValueError: a weight is out of bounds.
         """
         coders = self.coders
-        rows = [
-            CodedRows(
-                call.reduced,
-                coders[call.layer].codebook.centers,
-                call.temperature.item(),
-                call.distance,
-                call.surprise,
-            )
-            for call in self._calls()
-        ]
+        rows = [CodedRows(call, coders[call.layer].codebook.centers) for call in self._calls()]
         loss = coding_loss(rows, assign_weight, commit_weight, balance_weight)
         self._recording.calls = [call.detached() for call in self._recording.calls]
         return loss
