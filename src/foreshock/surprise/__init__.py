@@ -4,6 +4,14 @@ from foreshock.surprise.aggregation import max_surprise, mean_surprise, weighted
 from foreshock.surprise.calibration import EmpiricalPercentileCalibrator
 from foreshock.surprise.codebook import Codebook
 from foreshock.surprise.coding import CodingConv2d, CodingLinear
+from foreshock.surprise.diagnostics import (
+    LayerDiagnostics,
+    append_jsonl,
+    diagnose,
+    plot_layerwise,
+    save_layerwise,
+    write_csv,
+)
 from foreshock.surprise.ema import CodesReseeded, EmaCodebookUpdater
 from foreshock.surprise.scores import LayerComponents, Surprise
 from foreshock.surprise.temperature import CosineTemperature, FixedTemperature
@@ -21,10 +29,16 @@ __all__ = [
     "EmpiricalPercentileCalibrator",
     "FixedTemperature",
     "LayerComponents",
+    "LayerDiagnostics",
     "Surprise",
     "WrappedModel",
+    "append_jsonl",
+    "diagnose",
     "max_surprise",
     "mean_surprise",
+    "plot_layerwise",
+    "save_layerwise",
     "weighted_surprise",
     "wrap",
+    "write_csv",
 ]

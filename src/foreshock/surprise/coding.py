@@ -119,7 +119,9 @@ class Coder(nn.Module):
         parts = self._coded(reduced)
         if self.recording.is_open:
             betas = self.beta_length, self.beta_entropy, self.beta_distance
-            self.recording.calls.append(Call(self.name, self._temperature, betas, reduced, *parts))
+            shape = tuple(output.shape)
+            call = Call(self.name, self._temperature, betas, shape, reduced, *parts)
+            self.recording.calls.append(call)
 
     def _reduced(self, output: Tensor, layer_input: Tensor, layer: nn.Module) -> Tensor:
         """(..., D), in memory of its own: an activation may be about to overwrite the output."""

@@ -20,6 +20,8 @@ class TraceMeta:
     """0 for the layer's first call in a forward pass, 1 for the second, ..."""
     temperature: float
     """Of the softmax over codes, in squared distance."""
+    output_shape: tuple[int, ...]
+    """Of what the layer put out, before pooling."""
 
     @property
     def key(self) -> str:
@@ -48,6 +50,7 @@ class Call(NamedTuple):
     layer: str
     temperature: Tensor
     betas: tuple[float, float, float]
+    output_shape: tuple[int, ...]
     reduced: Tensor
     best_index: Tensor
     distance: Tensor
@@ -56,7 +59,7 @@ class Call(NamedTuple):
 
     def detached(self) -> Call:
         """The same without the graph."""
-        return Call(*self[:3], *(part.detach() for part in self[3:]))
+        return Call(*self[:4], *(part.detach() for part in self[4:]))
 
     def soft_code(self) -> SoftCode:
         """The same with S, which is computed for those who ask."""
@@ -64,7 +67,7 @@ class Call(NamedTuple):
         surprise = of_length * self.length + of_entropy * self.entropy
         if of_distance != 0:
             surprise = surprise + of_distance * self.distance.log1p()
-        return SoftCode(*self[4:], surprise=surprise, probs=None)
+        return SoftCode(*self[5:], surprise=surprise, probs=None)
 
 
 class Recording:
@@ -88,7 +91,7 @@ class Recording:
         for call in self.calls:
             count = seen.get(call.layer, 0)
             seen[call.layer] = count + 1
-            meta = TraceMeta(call.layer, count, call.temperature.item())
+            meta = TraceMeta(call.layer, count, call.temperature.item(), call.output_shape)
             traces.append(CodingTrace(call.reduced, call.soft_code(), meta))
         return traces
 
