@@ -154,6 +154,23 @@ def test_codes_start_on_the_means_of_a_loader() -> None:
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("coding_dim", [None, 4])
+def test_codes_on_means_are_as_far_from_features_as_the_temperature_says(
+    coding_dim: int | None,
+) -> None:
+    wrapped = wrap(mlp(), codes=8, coding_dim=coding_dim, temperature=0.5)
+    wrapped.initialise_codes([1e-3 * clusters(512)])
+    copied = wrap(mlp(), codes=8, coding_dim=coding_dim)
+    copied.load_state_dict(wrapped.state_dict())
+    for model in (wrapped, copied):
+        model(1e-3 * clusters(512))
+        for trace in model.traces:
+            expected = trace.reduced.shape[-1] * 0.5 / 2
+            assert trace.soft_code.distance.mean().item() == pytest.approx(expected, rel=0.01)
+    kept = usage(train_codes(wrapped, steps=50), 1e-3 * clusters(512))
+    assert set(kept) == {"0", "2"}
+
+
 def test_codes_on_the_means_of_convolutions_positions() -> None:
     wrapped = wrap(cnn(), "all_conv", codes=5, pooling="positions")
     wrapped.initialise_codes([images()], rows=50)

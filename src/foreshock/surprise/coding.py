@@ -60,10 +60,11 @@ def check_temperature(temperature: float) -> float:
 class Coder(nn.Module):
     """Codes a layer's output: pooling, a learned projection to D features, a codebook.
 
-    r = P pool(y),  S = beta_length L + beta_entropy H + beta_distance log(1 + d2), L, H and d2 of
-    `soft_assign(r, centers, temperature)`.
+    r = P pool(y), or s pool(y) without a projection,
+    S = beta_length L + beta_entropy H + beta_distance log(1 + d2),
+    L, H and d2 of `soft_assign(r, centers, temperature)`.
 
-    The temperature and the betas are plain numbers, kept in the state dict as one tensor.
+    The temperature, the betas and s are plain numbers, kept in the state dict as one tensor.
     """
 
     projection: nn.Parameter | None
@@ -81,6 +82,7 @@ class Coder(nn.Module):
         self.recording = recording
         self.is_detached = settings.detach
         self.temperature = settings.temperature
+        self._scale = torch.ones((), dtype=torch.float64)  # of features without a projection
         self.beta_length = float(settings.beta_length)
         self.beta_entropy = float(settings.beta_entropy)
         self.beta_distance = float(settings.beta_distance)
@@ -135,7 +137,7 @@ class Coder(nn.Module):
         if self.is_channels_first:
             features = features.movedim(-3, -1)
         if self.projection is None:
-            return _copy(features)
+            return (features * self._scale).contiguous()
         if self.is_detached and _is_plain_linear(layer):
             bias = None if layer.bias is None else layer.bias.detach()
             reduced: Tensor = _ProjectionOfLinear.apply(  # type: ignore[no-untyped-call]
@@ -146,7 +148,9 @@ class Coder(nn.Module):
         return self._projected(_copy(features) if is_kept else features)
 
     def _projected(self, features: Tensor) -> Tensor:
-        return features if self.projection is None else F.linear(features, self.projection)
+        if self.projection is None:
+            return features * self._scale
+        return F.linear(features, self.projection)
 
     def _coded(self, reduced: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The nearest code of each row, d2 to it, L and H."""
@@ -160,16 +164,35 @@ class Coder(nn.Module):
         code = soft_assign(reduced.to(wide) * scale, centers.to(wide) * scale)
         return code.best_index, code.distance * self._temperature, code.length, code.entropy
 
+    @torch.no_grad()
+    def start_at_means(self, reduced_ND: Tensor, seed: int) -> None:
+        """Puts the codes on k-means of what was coded, and scales both until mean d2 = D T / 2.
+
+        That is the mixture of round Gaussians to which softmax(-d2 / T) is the posterior.
+        """
+        self.codebook.move_to_means(reduced_ND, seed)
+        centers = self.codebook.centers
+        spread = soft_assign(reduced_ND.to(centers.device), centers).distance.mean().item()
+        if spread == 0:
+            return
+        factor = math.sqrt(self.codebook.dim * self.temperature / (2 * spread))
+        centers.mul_(factor)
+        if self.projection is not None:
+            self.projection.mul_(factor)
+        else:
+            self._scale = self._scale * factor
+
     def get_extra_state(self) -> Tensor:
-        """float64 (4,): the temperature and the betas of length, entropy and distance."""
-        numbers = self.temperature, self.beta_length, self.beta_entropy, self.beta_distance
+        """float64 (5,): the temperature, the betas of length, entropy and distance, the scale."""
+        betas = self.beta_length, self.beta_entropy, self.beta_distance
+        numbers = self.temperature, *betas, self._scale.item()
         return torch.tensor(numbers, dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Takes over what `get_extra_state` of another has given."""
-        temperature, *betas = state.tolist()
-        self.temperature = temperature
+        self.temperature, *betas, scale = state.tolist()
         self.beta_length, self.beta_entropy, self.beta_distance = betas
+        self._scale = torch.tensor(scale, dtype=torch.float64)
 
     def extra_repr(self) -> str:
         """What print(module) shows."""

@@ -269,7 +269,12 @@ class WrappedModel(nn.Module):
     def initialise_codes(
         self, loader: Iterable[Any], rows: int = 4096, seed: int = 0
     ) -> WrappedModel:
-        """Puts every codebook on k-means of its layer's features, projected as they are now.
+        """Puts every codebook on k-means of its layer's features as they are now.
+
+        Projections and centers are scaled until the mean d2 of a layer is D T / 2, as of a mixture
+        of round Gaussians: a temperature then means the same in every layer. Codes that start
+        elsewhere than features of another scale may all but one lose their rows. In a distributed
+        run each rank must see the same batches.
 
         Args:
             loader: as for `calibrate`.
@@ -291,7 +296,7 @@ class WrappedModel(nn.Module):
         for name, coder in self.coders.items():
             if not kept[name]:
                 raise ValueError(f"layer {name!r} never ran on the loader; accepted: one that runs")
-            coder.codebook.move_to_means(torch.cat(kept[name]), seed)
+            coder.start_at_means(torch.cat(kept[name]), seed)
         return self
 
     def set_temperature(self, temperature: float) -> None:
