@@ -138,14 +138,15 @@ class Coder(nn.Module):
             features = features.movedim(-3, -1)
         if self.projection is None:
             return (features * self._scale).contiguous()
-        if self.is_detached and _is_plain_linear(layer):
-            bias = None if layer.bias is None else layer.bias.detach()
-            reduced: Tensor = _ProjectionOfLinear.apply(  # type: ignore[no-untyped-call]
-                features, self.projection, layer_input.detach(), layer.weight.detach(), bias
-            )
-            return reduced
         is_kept = torch.is_grad_enabled() and self.projection.requires_grad
-        return self._projected(_copy(features) if is_kept else features)
+        if not (self.is_detached and _is_plain_linear(layer)):
+            return self._projected(_copy(features) if is_kept else features)
+        bias = None if layer.bias is None else layer.bias.detach()
+        parts = features, self.projection, layer_input.detach(), layer.weight.detach(), bias
+        if not is_kept:
+            return _projected_linear(*parts)
+        reduced: Tensor = _ProjectionOfLinear.apply(*parts)  # type: ignore[no-untyped-call]
+        return reduced
 
     def _projected(self, features: Tensor) -> Tensor:
         if self.projection is None:
@@ -199,8 +200,18 @@ class Coder(nn.Module):
         return f"{self.name!r}, pooling={self.pooling!r}, temperature={self.temperature:g}"
 
 
+def _projected_linear(
+    y: Tensor, projection: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """y P^T of y = a W^T + b, from whichever side is cheaper."""
+    if _is_cheaper_from_input(y, projection, a, weight):
+        offset = None if bias is None else projection @ bias
+        return F.linear(a, projection @ weight, offset)
+    return F.linear(y, projection)
+
+
 class _ProjectionOfLinear(torch.autograd.Function):
-    """y P^T of y = a W^T + b, differentiable in P alone, without keeping y.
+    """The same, differentiable in P alone, without keeping y.
 
     dP = g^T y = (g^T a) W^T + (sum g) b^T: a and W are what the layer has saved for itself.
     """
@@ -211,10 +222,7 @@ class _ProjectionOfLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(a, weight, bias)
         ctx.dtype = projection.dtype
-        if _is_cheaper_from_input(y, projection, a, weight):
-            offset = None if bias is None else projection @ bias
-            return F.linear(a, projection @ weight, offset)
-        return F.linear(y, projection)
+        return _projected_linear(y, projection, a, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
