@@ -471,7 +471,7 @@ def test_calibration_ranks_samples_and_flags_what_is_strange() -> None:
 
 
 def test_a_sample_s_verdict_does_not_depend_on_its_batch_and_nan_is_strange() -> None:
-    wrapped = wrap(mlp(), coding_dim=3).calibrate([rows(200, seed=1)], aggregate="max").eval()
+    wrapped = wrap(mlp(), coding_dim=3).calibrate([rows(200, seed=1)], aggregation="max").eval()
     x = rows(30, seed=3)
     x[7] = float("nan")
     wrapped(x)
@@ -485,8 +485,8 @@ def test_a_sample_s_verdict_does_not_depend_on_its_batch_and_nan_is_strange() ->
     ("loader", "error", "message"),
     [
         ([], ValueError, "loader is empty"),
-        ([{"x": 1}], ValueError, "keys"),
-        ([3], TypeError, "a batch of the loader is a int"),
+        ([{"x": 1}], TypeError, "mapping with"),
+        ([3], TypeError, "loader yields a int"),
         ([rows(20)], ValueError, "at least 20"),
         ([rows(100) * float("nan")], ValueError, "layer '0'.*not finite"),
     ],
@@ -502,8 +502,8 @@ def test_calibration_refuses_what_it_cannot_use(
 def test_weights_of_layers_are_checked_and_used() -> None:
     wrapped = wrap(mlp())
     with pytest.raises(ValueError, match="weights lacks"):
-        wrapped.calibrate([rows(200)], aggregate={"0": 1.0})
-    wrapped.calibrate([rows(200)], aggregate={"0": 1.0, "2": 0.0})
+        wrapped.calibrate([rows(200)], aggregation="weighted", weights={"0": 1.0})
+    wrapped.calibrate([rows(200)], aggregation="weighted", weights={"0": 1.0, "2": 0.0})
     wrapped(rows())
     verdict = wrapped.surprise()
     torch.testing.assert_close(verdict.score, verdict.per_layer["0"])

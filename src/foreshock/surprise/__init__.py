@@ -13,6 +13,9 @@ from foreshock.surprise.diagnostics import (
     write_csv,
 )
 from foreshock.surprise.ema import CodesReseeded, EmaCodebookUpdater
+from foreshock.surprise.fit import fit
+from foreshock.surprise.layers import select
+from foreshock.surprise.probe import SurpriseProbe, Watch
 from foreshock.surprise.scores import LayerComponents, Surprise
 from foreshock.surprise.temperature import CosineTemperature, FixedTemperature
 from foreshock.surprise.traces import CodingTrace
@@ -31,13 +34,17 @@ __all__ = [
     "LayerComponents",
     "LayerDiagnostics",
     "Surprise",
+    "SurpriseProbe",
+    "Watch",
     "WrappedModel",
     "append_jsonl",
     "diagnose",
+    "fit",
     "max_surprise",
     "mean_surprise",
     "plot_layerwise",
     "save_layerwise",
+    "select",
     "weighted_surprise",
     "wrap",
     "write_csv",

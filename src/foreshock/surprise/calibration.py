@@ -195,8 +195,14 @@ def _check_quantile(q: float, name: str) -> None:
         raise ValueError(f"{name} holds {q}; accepted: numbers above 0 and below 1")
 
 
+def samples_needed(q: float) -> int:
+    """How many scores a threshold at q needs: 1 / (1 - q)."""
+    # As it is written: in binary 1 / (1 - 0.9) is above 10.
+    return math.ceil(1 / (1 - Fraction(str(q))))
+
+
 def _check_count(count: int, q: float) -> None:
-    needed = math.ceil(1 / (1 - Fraction(str(q))))
+    needed = samples_needed(q)
     if count < needed:
         raise ValueError(
             f"there are {count} scores to calibrate with; accepted: at least {needed}, which is "

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from foreshock.surprise.aggregation import (
-    check_weights,
-    max_surprise,
-    mean_surprise,
-    weighted_surprise,
-)
+from foreshock.surprise.aggregation import check_weights
 from foreshock.surprise.calibration import EmpiricalPercentileCalibrator
+from foreshock.surprise.listener import Reading
 from foreshock.surprise.scores import LayerComponents, Surprise
-
-Aggregate: TypeAlias = "Literal['mean', 'max'] | Mapping[str, float]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,29 +21,25 @@ class Verdicts:
 
     means: Mapping[str, float]
     deviations: Mapping[str, float]
-    aggregate: Aggregate
+    reading: Reading
     calibrator: EmpiricalPercentileCalibrator
 
     @classmethod
     def of(
-        cls, per_layer: Mapping[str, Tensor], aggregate: Aggregate, quantile: float, seed: int
+        cls, per_layer: Mapping[str, Tensor], reading: Reading, quantile: float, seed: int
     ) -> Verdicts:
         """From in-distribution data: one half scales the layers, the other one is ranked.
 
         Args:
             per_layer: (N,) the surprise of each sample, by layer.
-            aggregate: of the scaled layers: "mean", "max", or the weights of a mean.
+            reading: how the scaled layers become one score.
             quantile: of normal data, above which a sample is called strange.
             seed: of the split.
         Raises:
-            ValueError: naming what is wrong with the data or the aggregate.
+            ValueError: naming what is wrong with the data or the weights.
         """
-        if isinstance(aggregate, Mapping):
-            check_weights(aggregate, list(per_layer))
-        elif aggregate not in ("mean", "max"):
-            raise ValueError(
-                f"aggregate is {aggregate!r}; accepted: 'mean', 'max' or a mapping of weights"
-            )
+        if reading.weights is not None:
+            check_weights(reading.weights, list(per_layer))
         first = next(iter(per_layer.values()))
         order = torch.randperm(len(first), generator=torch.Generator().manual_seed(seed))
         scaling, ranked = order.to(first.device).tensor_split(2)
@@ -64,11 +54,11 @@ class Verdicts:
             {name: float(half.mean()) for name, half in halves.items()},
             # A layer that is always equally surprised says nothing, unless it is surprised once.
             {n: max(float(h.std()), 1e-6 * (1 + float(h.abs().max()))) for n, h in halves.items()},
-            dict(aggregate) if isinstance(aggregate, Mapping) else aggregate,
+            reading,
             EmpiricalPercentileCalibrator((quantile,)),
         )
         scaled = uncalibrated.scaled({name: s[ranked] for name, s in per_layer.items()})
-        uncalibrated.calibrator.fit(uncalibrated.score(scaled))
+        uncalibrated.calibrator.fit(reading.aggregate(scaled))
         return uncalibrated
 
     def scaled(self, per_layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -80,27 +70,26 @@ class Verdicts:
             )
         return {n: (s - self.means[n]) / self.deviations[n] for n, s in per_layer.items()}
 
-    def score(self, scaled: Mapping[str, Tensor]) -> Tensor:
-        """(N,) one number for each sample."""
-        if isinstance(self.aggregate, Mapping):
-            return weighted_surprise(scaled, self.aggregate)
-        return max_surprise(scaled) if self.aggregate == "max" else mean_surprise(scaled)
-
     def on(
         self, per_layer: Mapping[str, Tensor], components: Mapping[str, LayerComponents]
     ) -> Surprise:
         """What is said of a batch, by the surprise of each sample in each layer."""
         scaled = self.scaled(per_layer)
-        score = self.score(scaled)
+        score = self.reading.aggregate(scaled)
         rank = self.calibrator
         return Surprise(score, rank.percentile(score), scaled, rank.is_ood(score), components)
 
     def to_json_object(self) -> dict[str, Any]:
         """What `from_json_object` makes the same of."""
-        return {**vars(self), "calibrator": self.calibrator.to_json_object()}
+        return {
+            **vars(self),
+            "reading": self.reading.to_json_object(),
+            "calibrator": self.calibrator.to_json_object(),
+        }
 
     @classmethod
     def from_json_object(cls, saved: Mapping[str, Any]) -> Verdicts:
         """That of which this was made."""
         calibrator = EmpiricalPercentileCalibrator.from_json_object(saved["calibrator"])
-        return cls(**{**saved, "calibrator": calibrator})
+        reading = Reading(**saved["reading"])
+        return cls(**{**saved, "reading": reading, "calibrator": calibrator})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,10 +27,11 @@ from foreshock.surprise.coding import (
     stop_coding,
 )
 from foreshock.surprise.layers import select
+from foreshock.surprise.listener import Aggregation, Reading
 from foreshock.surprise.losses import CodedRows, coding_loss
 from foreshock.surprise.scores import LayerComponents, Surprise
 from foreshock.surprise.traces import CodingTrace, Recording
-from foreshock.surprise.verdicts import Aggregate, Verdicts
+from foreshock.surprise.verdicts import Verdicts
 
 
 def wrap(
@@ -235,19 +236,21 @@ class WrappedModel(nn.Module):
     def calibrate(
         self,
         loader: Iterable[Any],
-        aggregate: Aggregate = "mean",
+        aggregation: Aggregation = "mean",
+        weights: Mapping[str, float] | None = None,
         quantile: float = 0.95,
         seed: int = 0,
     ) -> WrappedModel:
         """Learns how surprised each layer is by in-distribution data, which no code was trained on.
 
         Of a random half each layer's mean and standard deviation are taken; the scores of the other
-        half, the aggregate of the layers' (S - mean) / deviation, are what scores are ranked among.
+        half, the layers' (S - mean) / deviation aggregated, are what scores are ranked among.
 
         Args:
             loader: yields inputs, (inputs, ...), or mappings with "inputs" or "input_ids"; it is
                 run in eval mode.
-            aggregate: "mean" or "max" over layers, or the weights of a mean by layer.
+            aggregation: over layers, "mean", "max" or "weighted".
+            weights: by layer, with "weighted".
             quantile: of in-distribution scores, above which `is_ood` is true.
             seed: of the split.
         Returns:
@@ -255,6 +258,7 @@ class WrappedModel(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument or what of the data is not accepted.
         """
+        reading = Reading(aggregation, weights)
         batches: dict[str, list[Tensor]] = {}
         for _ in run_over(self, loader):
             for name, surprise in self.layer_surprise().items():
@@ -263,7 +267,7 @@ class WrappedModel(nn.Module):
         if not batches:
             raise ValueError("loader is empty; accepted: one that yields batches")
         per_layer = {name: torch.cat(parts) for name, parts in batches.items()}
-        self._verdicts = Verdicts.of(per_layer, aggregate, quantile, seed)
+        self._verdicts = Verdicts.of(per_layer, reading, quantile, seed)
         return self
 
     def initialise_codes(

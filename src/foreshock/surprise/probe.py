@@ -1,0 +1,211 @@
+"""Listens to a fitted model and says how unlike its training data an input is."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from foreshock.surprise import probe_file
+from foreshock.surprise.calibration import EmpiricalPercentileCalibrator
+from foreshock.surprise.layer_codes import LayerCodes
+from foreshock.surprise.listener import Listener, Reading, listening
+from foreshock.surprise.model_input import device_of, read_batch
+from foreshock.surprise.outputs import evaluating
+from foreshock.surprise.scores import LayerComponents, Surprise
+
+
+class SurpriseProbe(nn.Module):
+    """What `surprise.fit` makes: the codes of layers, beside the model that has them.
+
+    score = aggregate over layers of (D - location) / spread, with D the squared distance of a
+    layer's output to the nearest code (`LayerCodes`), location and spread those of D in held-out
+    normal data; percentile and is_ood from the scores of more held-out normal data.
+
+    The model is no part of the probe: nothing is added to it, `probe.parameters()` is empty, and
+    `probe.to(device)` moves the codes alone, which stay float32. Hooks are registered while
+    `probe(x)` or `watch()` runs and removed after; outputs are the same, bit for bit, and nothing
+    is kept for a backward pass.
+
+    >>> probe = foreshock.surprise.fit(model, loader)
+    >>> probe(x).is_ood
+    >>> with probe.watch() as seen:
+    ...     logits = model(x)
+    >>> seen.surprise().percentile
+
+    Attributes:
+        model: the model listened to.
+        codes: `LayerCodes` of every layer; of every call, if a forward calls a layer repeatedly.
+        calibrator: has the scores of held-out normal data.
+        reading: how outputs are read.
+        samples: how many samples fitted, normalised and calibrated.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Mapping[str, nn.Module],
+        codes: list[LayerCodes],
+        calibrator: EmpiricalPercentileCalibrator,
+        reading: Reading,
+        samples: Mapping[str, int],
+    ) -> None:
+        super().__init__()
+        # In a tuple, where nn.Module does not look for parts of itself.
+        self._watched = (model, dict(modules))
+        self._codes = nn.ModuleList(codes)
+        self.calibrator = calibrator
+        self.reading = reading
+        self.samples = dict(samples)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model listened to."""
+        return self._watched[0]
+
+    @property
+    def codes(self) -> list[LayerCodes]:
+        """Those of every layer, in the order of the model."""
+        return list(self._codes)  # type: ignore[arg-type]
+
+    def forward(self, x: Any, mask: Tensor | None = None) -> Surprise:
+        """Runs the model on x, in evaluation mode without gradients, and says what was seen.
+
+        Args:
+            x: a batch of inputs, or what else `fit` takes from a loader; moved to the model.
+            mask: (N, T), which positions count; default what `fit` was told to take for it, or the
+                "attention_mask" of a mapping. A key or a place is nothing in a tensor x, which then
+                has no mask; a function is asked whatever x is.
+        Raises:
+            TypeError, ValueError: naming what was given and what is accepted.
+        Cost:
+            A forward and what `watch` costs.
+        """
+        source = (lambda _: mask) if mask is not None else self.reading.mask
+        if isinstance(x, Tensor) and not callable(source):
+            source = None
+        batch = read_batch(x, self.reading.batch_dim, source)
+        with evaluating(self.model), self.watch(batch.mask) as seen:
+            batch.run(self.model)
+        return seen.surprise()
+
+    @contextlib.contextmanager
+    def watch(self, mask: Tensor | None = None) -> Iterator[Watch]:
+        """Listens to forwards that are run meanwhile, however they are run.
+
+        Every call of the model itself brings further samples; calls of its parts without it count
+        as one forward. What cannot be judged is raised by `surprise()`, not in the forward.
+
+        Args:
+            mask: (N, T), which positions count, in each forward.
+        Returns:
+            A context whose value has `surprise()`. The model should be in evaluation mode, as it
+            was when fitted. What runs in a compiled graph is not heard. The fused path of
+            nn.TransformerEncoderLayer calls no layers: torch takes the ordinary one while watched.
+        Cost:
+            For each layer a product (N, D) @ (D, E) and a `soft_assign`; nothing waits for a
+            device. Without a watch nothing: no hook is left.
+        """
+        model, modules = self._watched
+        listener = Listener(self.codes, self.reading, None if mask is None else mask.bool())
+        with listening(model, modules, listener.hear, listener.begin_forward):
+            yield Watch(self, listener)
+
+    def judge(self, components: Mapping[str, LayerComponents]) -> Surprise:
+        """The surprise of samples from what the layers' codes make of them.
+
+        Args:
+            components: by layer.
+        """
+        per_layer = standardised(self.codes, components)
+        score = self.reading.aggregate(per_layer)
+        percentile, is_ood = self.calibrator.percentile(score), self.calibrator.is_ood(score)
+        return Surprise(score, percentile, per_layer, is_ood, components)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes one file in one step: safetensors, with the settings as JSON in its header.
+
+        Args:
+            path: the file; the model's weights are not in it, nor a `mask` that is a function.
+        Raises:
+            OSError: it cannot be written; what was there is untouched.
+        """
+        settings = {
+            "layers": [{"layer": one.layer, "name": one.name} for one in self.codes],
+            "calibrator": self.calibrator.to_json_object(),
+            "reading": self.reading.to_json_object(),
+            "samples": self.samples,
+        }
+        probe_file.write(path, [one.tensors() for one in self.codes], settings)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: nn.Module) -> SurpriseProbe:
+        """Reads what `save` wrote; scores are the same, bit for bit.
+
+        Args:
+            path: the file.
+            model: with the weights that the probe was fitted to; the codes go where it is.
+        Raises:
+            OSError, ValueError: the file cannot be read, holds no probe or one of a version to
+                come, or the model lacks layers of the probe, which are named.
+        """
+        tensors, settings = probe_file.read(path)
+        try:
+            codes = [
+                LayerCodes(names["layer"], names["name"], **parts)
+                for names, parts in zip(settings["layers"], tensors, strict=True)
+            ]
+            calibrator = EmpiricalPercentileCalibrator.from_json_object(settings["calibrator"])
+            reading = Reading(**settings["reading"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{os.fspath(path)} holds no probe that is whole: {error}") from error
+        modules = _modules_of(model, codes)
+        probe = cls(model, modules, codes, calibrator, reading, settings["samples"])
+        return probe.to(device_of(model))
+
+
+class Watch:
+    """What a probe has seen so far."""
+
+    def __init__(self, probe: SurpriseProbe, listener: Listener) -> None:
+        self._probe = probe
+        self._listener = listener
+
+    def surprise(self) -> Surprise:
+        """How unlike the data that was fitted the samples are, in the order they were run.
+
+        Raises:
+            TypeError, ValueError: what was seen cannot be judged; naming the layer.
+            RuntimeError: nothing was seen.
+        """
+        return self._probe.judge(self._listener.components())
+
+
+def standardised(
+    codes: list[LayerCodes], components: Mapping[str, LayerComponents]
+) -> dict[str, Tensor]:
+    """By layer, (N,) on the device of the first: what is aggregated."""
+    device = codes[0].mean.device
+    return {c.name: c.standardise(components[c.name].distance).to(device) for c in codes}
+
+
+def _modules_of(model: nn.Module, codes: list[LayerCodes]) -> dict[str, nn.Module]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    wanted = list(dict.fromkeys(one.layer for one in codes))
+    missing = [name for name in wanted if name not in modules]
+    if missing:
+        raise ValueError(
+            f"the model has no layers {missing}; accepted: a model with the layers {wanted}"
+        )
+    for one in codes:
+        module = modules[one.layer]
+        made = getattr(module, "out_features", getattr(module, "out_channels", None))
+        if made not in (None, len(one.mean)):
+            raise ValueError(
+                f"layer {one.layer!r} of the model gives {made} features; accepted: "
+                f"{len(one.mean)}, as fitted"
+            )
+    return {name: modules[name] for name in wanted}
