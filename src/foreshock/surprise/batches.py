@@ -1,0 +1,31 @@
+"""Runs a model over all that a loader yields."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from foreshock.surprise.model_input import Batch, read_batches
+
+
+def run_over(model: nn.Module, loader: Iterable[Any]) -> Iterator[Batch]:
+    """Runs the model on every batch, in eval mode and without a graph, and yields the batch.
+
+    Every module gets its own mode back at the end, also after an error.
+
+    Raises:
+        TypeError, ValueError: as `read_batches`.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        for batch in read_batches(loader, 0, None):
+            with torch.no_grad():
+                batch.run(model)
+            yield batch
+    finally:
+        for module, mode in modes:
+            module.training = mode
