@@ -1,4 +1,4 @@
-"""What coding costs: training steps and inference with it and without; docs/surprise_training.md.
+"""What a probe and coding cost: training steps and inference with them and without.
 
 An MLP of six layers of 512 with batches of 256, and a transformer encoder of four layers of width
 128. In eval mode the bare encoder runs as PyTorch's one kernel, as it does for everyone. A round
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks import rows
 from benchmarks.interleave import Timing, time_in_turn
-from foreshock.surprise import WrappedModel, wrap
+from foreshock.surprise import SurpriseProbe, WrappedModel, fit, wrap
 from foreshock.surprise.overhead import estimate
 
 ROUNDS = 41
@@ -55,6 +55,23 @@ def coded(model: nn.Module, codes: tuple[int, int], is_trained: bool) -> Wrapped
     for parameter in wrapped.coding_parameters():
         parameter.requires_grad_(is_trained)
     return wrapped
+
+
+def probed(model: nn.Module, size: Size, codes: tuple[int, int]) -> SurpriseProbe:
+    """A probe of a copy of the model, fitted to noise: what it knows is of no account here."""
+    loader = [torch.randn(size.shape) for _ in range(8)]
+    return fit(copy.deepcopy(model), loader, codes=codes[0], dim=codes[1])
+
+
+def watched(probe: SurpriseProbe, run: Callable[[], object]) -> Callable[[], object]:
+    """The same step, and what the probe says of its batch."""
+
+    def step() -> object:
+        with probe.watch() as seen:
+            run()
+        return seen.surprise()
+
+    return step
 
 
 def train_step(model: nn.Module, x: Tensor, has_loss: bool = False) -> Callable[[], None]:
@@ -113,7 +130,7 @@ def test_training_overhead(benchmark: Any, size: Size) -> None:
     torch.manual_seed(0)
     model, x = size.build(), torch.randn(size.shape)
     bare = saved_bytes(model, x)
-    variants = {"bare": train_step(copy.deepcopy(model), x)}
+    variants: dict[str, Callable[[], object]] = {"bare": train_step(copy.deepcopy(model), x)}
     extra: dict[str, dict[str, float]] = {}
     for name, codes in CODES.items():
         for kind, is_trained in (("coded", False), ("coding loss", True)):
@@ -123,22 +140,26 @@ def test_training_overhead(benchmark: Any, size: Size) -> None:
                 "saved_percent": 100 * (saved_bytes(wrapped, x, is_trained) / bare - 1)
             }
             variants[f"{kind}, {name}"] = train_step(wrapped, x, is_trained)
+        probe = probed(model, size, codes)
+        variants[f"probe watching, {name}"] = watched(probe, train_step(probe.model, x))
     timings = time_in_turn(benchmark, variants, ROUNDS)
     found = {n: row(t, timings["bare"], **extra.get(n, {})) for n, t in timings.items()}
-    rows.store("surprise", f"{size.name}, wrap, training", "cpu", found)
+    rows.store("surprise", f"{size.name}, training", "cpu", found)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: size.name)
 def test_inference_overhead(benchmark: Any, size: Size) -> None:
     torch.manual_seed(0)
     model, x = size.build(), torch.randn(size.shape)
-    variants = {"bare": inference(copy.deepcopy(model), x)}
+    variants: dict[str, Callable[[], object]] = {"bare": inference(copy.deepcopy(model), x)}
     extra: dict[str, dict[str, float]] = {}
     for name, codes in CODES.items():
         wrapped = coded(model, codes, False)
         assert torch.equal(wrapped(x), model(x))
         extra[f"coded, {name}"] = {"counted_percent": counted_percent(wrapped, x)}
         variants[f"coded, {name}"] = inference(wrapped, x)
+        probe = probed(model, size, codes)
+        variants[f"probe watching, {name}"] = watched(probe, inference(probe.model, x))
     timings = time_in_turn(benchmark, variants, ROUNDS)
     found = {n: row(t, timings["bare"], **extra.get(n, {})) for n, t in timings.items()}
-    rows.store("surprise", f"{size.name}, wrap, inference", "cpu", found)
+    rows.store("surprise", f"{size.name}, inference", "cpu", found)
