@@ -19,8 +19,8 @@ class Box:
         self.value = torch.tensor([value]) if isinstance(value, float) else value
         self.restored = 0
 
-    def capture(self) -> Any:
-        return {"x": self.value.clone() if isinstance(self.value, torch.Tensor) else self.value}
+    def live(self) -> Any:
+        return {"x": self.value}
 
     def restore(self, saved: Any) -> None:
         self.value = saved["x"].clone()

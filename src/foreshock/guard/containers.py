@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,12 +20,25 @@ def copy_out(value: Any) -> Any:
     Cost:
         One copy of every tensor; waits for the device that a tensor is on.
     """
+    return copy_with(value, lambda t: t.detach().to("cpu", copy=True))
+
+
+def copy_with(value: Any, of_tensor: Callable[[torch.Tensor], Any]) -> Any:
+    """Deep copy of nested containers, with something else in the place of each tensor.
+
+    Args:
+        value: as for `copy_out`.
+        of_tensor: gives what takes a tensor's place; asked in the order of `tensors_in`.
+    """
     if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
+        return of_tensor(value)
     if isinstance(value, Mapping):
-        return {key: copy_out(item) for key, item in value.items()}
-    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
-        return type(value)(copy_out(item) for item in value)
+        copied = {key: copy_with(item, of_tensor) for key, item in value.items()}
+        return type(value)(copied) if type(value) in (Counter, OrderedDict) else copied
+    if isinstance(value, tuple) and hasattr(value, "_make"):
+        return value._make(copy_with(item, of_tensor) for item in value)
+    if isinstance(value, list | tuple):
+        return type(value)(copy_with(item, of_tensor) for item in value)
     return copy.deepcopy(value)
 
 
