@@ -53,6 +53,7 @@ class Snapshot:
     """Steps without a fault since it was taken."""
     place: Any = None
     """Where the batches were, for another process to find."""
+    was_given_to_saver: bool = False
     is_being_saved: bool = False
     """Whether a file is made of it, for which its memory must stay as it is."""
     arena: Arena | None = None
