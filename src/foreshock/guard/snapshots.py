@@ -14,7 +14,7 @@ import torch
 import xxhash
 
 from foreshock.guard.arena import Arena, Filling, in_memory_order
-from foreshock.guard.containers import copy_out, copy_with, leaves_in, tensors_in
+from foreshock.guard.containers import arrays_in, copy_out, copy_with, tensors_in
 from foreshock.guard.events import SnapshotDropped
 from foreshock.guard.host_memory import as_text, available_bytes
 from foreshock.guard.inspection import can_scan, readable
@@ -82,13 +82,13 @@ def checksum(saved: Mapping[str, Any]) -> str:
 
 def _with_forms(digest: xxhash.xxh3_128, saved: Mapping[str, Any]) -> str:
     """The digest of the dense tensors' bytes, completed by all else."""
-    for path, leaf in leaves_in(saved):
+    for path, leaf in arrays_in(saved):
         if isinstance(leaf, torch.Tensor):
             digest.update(f"{path}:{leaf.dtype}:{tuple(leaf.shape)};".encode())
             if leaf.is_sparse:
                 for part in (leaf._indices(), leaf._values()):
                     digest.update(part.contiguous().view(-1).view(torch.uint8).numpy().data)
-        elif isinstance(leaf, np.ndarray) and not leaf.dtype.hasobject:
+        elif not leaf.dtype.hasobject:
             digest.update(f"{path}:{leaf.dtype}:{leaf.shape};".encode())
             digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

@@ -309,9 +309,9 @@ class Watch:
     def _has_state_changed(self) -> bool:
         """Between two updates nothing may change in parameters and optimizer state."""
         now, seal = self._current, self._seal
-        if seal is not None and seal.is_set and not now.was_updated:
-            if now.has_changed_state is None:
-                now.has_changed_state = bool(read(seal.differs()))
+        may_look = seal is not None and seal.is_set and not now.was_updated
+        if seal is not None and may_look and now.has_changed_state is None:
+            now.has_changed_state = bool(read(seal.differs()))
         return bool(now.has_changed_state)
 
     def _is_gradient_bad(self, finding: Finding) -> bool:
