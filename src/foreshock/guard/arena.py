@@ -116,7 +116,7 @@ class Arena:
         digest, nonfinite = xxhash.xxh3_128(), set[int]()
         flat = None if tensors is None else self._flattened(tensors)
         for piece in self._pieces:
-            if flat is not None:
+            if flat is not None and piece.targets:
                 sources = [flat[i] if part is None else flat[i][part] for i, part in piece.sources]
                 torch._foreach_copy_(piece.targets, sources)
             nonfinite.update(piece.find_nonfinite())
