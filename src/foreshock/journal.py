@@ -51,7 +51,7 @@ _RESPONSE_NAMES = {
     (Response.LOWER_LEARNING_RATE, False): "would_lower_learning_rate",
     (Response.ROLL_BACK, False): "would_roll_back",
 }
-_MAX_WARNINGS = {SnapshotNotSaved: 1}
+_MAX_WARNINGS: dict[type, int] = {SnapshotNotSaved: 1}
 _MAX_WARNINGS_OF_A_KIND = 10
 
 

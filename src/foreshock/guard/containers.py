@@ -35,7 +35,9 @@ def copy_with(value: Any, of_tensor: Callable[[torch.Tensor], Any]) -> Any:
         return of_tensor(value)
     if isinstance(value, Mapping):
         copied = {key: copy_with(item, of_tensor) for key, item in value.items()}
-        return type(value)(copied) if type(value) in (Counter, OrderedDict) else copied
+        if isinstance(value, Counter):
+            return Counter(copied)
+        return OrderedDict(copied) if isinstance(value, OrderedDict) else copied
     if isinstance(value, tuple) and hasattr(value, "_make"):
         return value._make(copy_with(item, of_tensor) for item in value)
     if isinstance(value, list | tuple):

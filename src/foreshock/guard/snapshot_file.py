@@ -8,7 +8,7 @@ import math
 import os
 import secrets
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -183,20 +183,23 @@ class _Encoder:
 
     def _encode_container(self, value: Any, path: str) -> Any:
         if type(value) is list:
-            return [self.encode(item, f"{path}.{i}") for i, item in enumerate(value)]
-        for kind, (of_kind, _) in _CONTAINERS.items():
-            if type(value) is of_kind and isinstance(value, Mapping):
-                pairs = [
-                    [self.encode(key, f"{path} key"), self.encode(item, f"{path}.{key}")]
-                    for key, item in value.items()
-                ]
-                return {kind: pairs}
-            if type(value) is of_kind:
-                return {kind: [self.encode(item, f"{path}.{i}") for i, item in enumerate(value)]}
+            return self._encode_all(value, path)
+        kinds = (name for name, (kind, _) in _CONTAINERS.items() if type(value) is kind)
+        kind = next(kinds, "")
+        if isinstance(value, Mapping) and kind:
+            return {kind: [self._encode_pair(key, value[key], path) for key in value]}
+        if kind:
+            return {kind: self._encode_all(value, path)}
         raise NotStorable(
             f"{path.lstrip('.')} is a {type(value).__name__}; accepted: numbers, texts, None, "
             "tensors, NumPy arrays, and dictionaries, lists, tuples and sets of them"
         )
+
+    def _encode_all(self, values: Iterable[Any], path: str) -> list[Any]:
+        return [self.encode(item, f"{path}.{i}") for i, item in enumerate(values)]
+
+    def _encode_pair(self, key: Any, item: Any, path: str) -> list[Any]:
+        return [self.encode(key, f"{path} key"), self.encode(item, f"{path}.{key}")]
 
     def _encode_tensor(self, tensor: torch.Tensor, path: str) -> Any:
         if tensor.is_sparse:
@@ -243,7 +246,8 @@ _Tensors = Mapping[str, torch.Tensor]
 
 def _decode_array(given: Any, tensors: _Tensors) -> np.ndarray[Any, Any]:
     name, dtype, shape = given
-    return tensors[name].numpy().view(np.dtype(dtype)).reshape(shape)
+    found: np.ndarray[Any, Any] = tensors[name].numpy().view(np.dtype(dtype)).reshape(shape)
+    return found
 
 
 def _decode_raw(given: Any, tensors: _Tensors) -> torch.Tensor:

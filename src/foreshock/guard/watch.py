@@ -119,7 +119,11 @@ class Watch:
         self.learning_rate = LearningRateBackoff(guard.lr_backoff, guard.lr_recovery_steps)
         self._spikes = SpikeDetector(guard)
         state = {**state, "spikes": self._make_spikes()}
-        run = {"policy": self._policy, "learning_rate": self.learning_rate, "course": self}
+        run: dict[str, Stateful] = {
+            "policy": self._policy,
+            "learning_rate": self.learning_rate,
+            "course": self,
+        }
         self.history = History(model, optimizer, state, guard, record, run)
         self.step = 0
         """The step that is being run; between steps, the one that comes next."""
