@@ -44,7 +44,8 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m pytest benchmarks/health_scan.py benchmarks/power_iteration.py \
-		benchmarks/rolling_zscore.py benchmarks/spikes.py benchmarks/overhead.py --benchmark-only -q -W default
+		benchmarks/rolling_zscore.py benchmarks/spikes.py benchmarks/overhead.py \
+		benchmarks/snapshots.py --benchmark-only -q -W default
 	$(BIN)/python -m benchmarks.tables
 
 docs: setup
