@@ -165,3 +165,17 @@ def test_a_loop_over_torchdatas_loader_is_rewound_by_the_loader_itself(
     back_to = (strikes_at - 1) // 3 * 3
     assert run.steps == [*range(strikes_at + 1), *range(back_to, 12)]
     t.assert_same_bits(run, clean)
+
+
+def test_trap_18_every_update_is_held_back_until_the_copies_are_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    run = t.make_run()
+    monkeypatch.setattr(
+        fs.guard.SnapshotRing, "hold_back_update", lambda self: order.append("held back")
+    )
+    with t.make_monitor(run, tmp_path) as monitor:
+        run.optimizer.register_step_pre_hook(lambda *_: order.append("update"))
+        t.train(run, monitor)
+    assert order == ["held back", "update"] * 12

@@ -24,6 +24,8 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import foreshock as fs
+from foreshock import monitor as monitor_module
+from foreshock.guard import LaggingWatch
 from foreshock.guard.persistence import Saver, SnapshotFolder
 from foreshock.guard.snapshots import Snapshot
 from foreshock.records import read_summary, verify
@@ -522,3 +524,19 @@ def test_after_a_rollback_what_came_later_is_gone_from_the_disk_too(tmp_path: Pa
             assert SnapshotFolder(tmp_path / "snapshots").steps()[-1] == 6
             break
     monitor.finalize()
+
+
+@pytest.mark.parametrize("at", [6, 11, 13])
+def test_a_run_whose_host_is_ahead_of_its_device_is_resumed_with_the_same_bits(
+    tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(monitor_module, "_LAGGING_DEVICE", "cpu")
+    how: dict[str, Any] = {"optimizer": OPTIMIZERS["fused"]}
+    whole = make(**how)
+    with guarded(whole, tmp_path / "whole") as monitor:
+        assert isinstance(monitor._watch, LaggingWatch)
+        t.train(whole, monitor)
+    train_and_die(make(**how), tmp_path, at)
+    run = make(**how)
+    assert resume_and_end(run, tmp_path)[0] == {6: 3, 11: 6, 13: 9}[at]
+    t.assert_same_bits(run, whole)
