@@ -222,8 +222,8 @@ class SnapshotRing:
         return None
 
     def _tell_of_cost(self, size: int, available: int | None) -> None:
-        if size <= self._told_bytes:
-            return
+        if size <= 1.25 * self._told_bytes:
+            return  # the moments come with the first update; a few bytes more are no news
         self._told_bytes = size
         most = self._depth + 1 - len(self._ring)
         cost = (
