@@ -185,6 +185,14 @@ TABLES: dict[str, Callable[[], str]] = {
             steps_after("unstable_after", "spiked: INSTABILITY after"),
         ],
     ),
+    "snapshot_copy": lambda: a_table_a_case(
+        "snapshot_copy", [MEDIAN, SPREAD, number("times_a_copy", "times a copy")], by="median_ms"
+    ),
+    "snapshots": lambda: a_table_a_case(
+        "snapshots",
+        [MEDIAN, SPREAD, percent("loss_of_throughput", "throughput lost", sign="+")],
+        by="median_ms",
+    ),
     "spikes": lambda: a_table_a_case(
         "spikes",
         [

@@ -19,10 +19,13 @@ from foreshock.guard import (
     Reason,
     Recovered,
     Response,
+    Resumed,
     RiskAnswered,
     RiskLevelChanged,
     RolledBack,
     SnapshotDropped,
+    SnapshotNotSaved,
+    SnapshotSaved,
     StepExamined,
     UpdateSkipped,
 )
@@ -43,6 +46,9 @@ _EVENT_NAMES: dict[type, str] = {
     RolledBack: "rollback_success",
     Recovered: "recovered",
     SnapshotDropped: "snapshot_dropped",
+    SnapshotSaved: "snapshot_saved",
+    SnapshotNotSaved: "snapshot_not_saved",
+    Resumed: "resumed",
     Aborted: "aborted",
     RiskLevelChanged: "risk_level_changed",
     StepExamined: "autopsy",
@@ -54,6 +60,7 @@ _RESPONSE_NAMES = {
     (Response.LOWER_LEARNING_RATE, False): "would_lower_learning_rate",
     (Response.ROLL_BACK, False): "would_roll_back",
 }
+_MAX_WARNINGS: dict[type, int] = {SnapshotNotSaved: 1}
 _MAX_WARNINGS_OF_A_KIND = 10
 
 
@@ -89,6 +96,7 @@ class Journal:
         self._num_unledgered = 0
         self._abort: dict[str, Any] | None = None
         self._autopsies: Counter[Cause] = Counter()
+        self._resumed_from_step: int | None = None
         self._started: float | None = None
         self._own_seconds = 0.0
         self.steps_run = 0
@@ -129,10 +137,15 @@ class Journal:
             self._write_to_ledger(name, event.step, said)
         if isinstance(event, RolledBack) and event.lr_factor != 1:
             self._write_to_ledger("lr_changed", event.step, {"lr_factor": event.lr_factor})
-        if isinstance(event, Recovered | RiskLevelChanged):
+        if isinstance(event, Resumed):
+            self._resumed_from_step = event.step
+        limit = _MAX_WARNINGS.get(kind, _MAX_WARNINGS_OF_A_KIND)
+        if isinstance(event, SnapshotSaved):
+            _log.debug("step %d: %s", event.step, _sentence(event))
+        elif isinstance(event, Recovered | RiskLevelChanged | Resumed):
             _log.info("step %d: %s", event.step, _sentence(event))
-        elif self._counts[kind] <= _MAX_WARNINGS_OF_A_KIND:
-            is_last = self._counts[kind] == _MAX_WARNINGS_OF_A_KIND
+        elif self._counts[kind] <= limit:
+            is_last = self._counts[kind] == limit
             more = "; further ones only in telemetry.jsonl" if is_last else ""
             _log.warning("step %d: %s%s", event.step, _sentence(event), more)
 
@@ -229,6 +242,9 @@ class Journal:
             "skipped_steps": counts[UpdateSkipped],
             "anomalies_seen": counts[AnomalySeen],
             "dropped_snapshots": counts[SnapshotDropped],
+            "saved_snapshots": counts[SnapshotSaved],
+            "unsaved_snapshots": counts[SnapshotNotSaved],
+            "resumed_from_step": self._resumed_from_step,
             "integrity_status": "ABORTED" if counts[Aborted] else integrity,
             "abort": self._abort,
             "autopsies": {cause.value: self._autopsies[cause] for cause in Cause},
@@ -251,7 +267,7 @@ def _belongs_in_ledger(event: Event) -> bool:
     """What was done to the run, or lost of it; not what was only seen."""
     if isinstance(event, RiskAnswered):
         return event.is_done
-    return isinstance(event, UpdateSkipped | RolledBack | SnapshotDropped | Aborted)
+    return isinstance(event, UpdateSkipped | RolledBack | SnapshotDropped | Resumed | Aborted)
 
 
 def _spelt_out(event: Event) -> dict[str, Any]:
@@ -280,6 +296,12 @@ def _because(reasons: tuple[Reason, ...], offender: Offender | None) -> str:
 def _sentence(event: Event) -> str:
     if isinstance(event, SnapshotDropped):
         return f"snapshot dropped: {event.why}"
+    if isinstance(event, SnapshotSaved):
+        return f"snapshot saved in {event.path}"
+    if isinstance(event, SnapshotNotSaved):
+        return f"snapshot not saved to disk, training goes on: {event.why}"
+    if isinstance(event, Resumed):
+        return f"the run goes on from {event.path}"
     if isinstance(event, Recovered):
         return "passed"
     if isinstance(event, StepExamined):

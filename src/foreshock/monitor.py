@@ -245,6 +245,31 @@ class Monitor:
 
     # ---- what a training loop calls
 
+    def resume(self, path: str | os.PathLike[str] | None = None) -> int | None:
+        """Takes up a run that another process has left, from its newest snapshot on disk.
+
+        Call it before the first step, and then run the same loops again: those that were over are
+        passed by, and the one that was open goes on where the snapshot was taken. Parameters,
+        buffers, optimizer, registered state, random generators and the monitor's own counts are
+        put back in place. Nothing that is read is ever run.
+
+        Args:
+            path: a directory of snapshots, or one of them; default `guard.persist_dir`.
+        Returns:
+            The step to go on from; None if there is no snapshot yet, as in the first process of a
+            run. One that is damaged is refused and recorded, and the next older one used.
+        Raises:
+            ValueError: there is no path; the snapshot is of another model, optimizer or state; none
+                of those in the directory can be used.
+            RuntimeError: steps have been run already.
+        """
+        where = self._guard.persist_dir if path is None else Path(path)
+        if where is None:
+            raise ValueError("path is None and guard.persist_dir too; accepted: one of them")
+        if self._watch.step or self._watch.history.has_start or self._watch.history.source:
+            raise RuntimeError("resume is called after the first step; accepted: before it")
+        return self._watch.resume(where)
+
     def loop(self, loader: Iterable[Any], epochs: int = 1) -> Iterator[tuple[int, Any]]:
         """Yields (step, batch) over the epochs; after a rollback, the steps since again.
 
@@ -384,6 +409,7 @@ class Monitor:
             self._gate.remove()
             if self._surprise is not None:
                 self._surprise.close()
+            self._safely(self._watch.history.finish, None)
             if self._noise is not None:
                 save = functools.partial(self._noise.save, self._journal.out_dir)
                 self._safely(save, None)
@@ -425,7 +451,8 @@ class Monitor:
 
     def _iterate(self, source: BatchSource) -> Iterator[tuple[int, Any]]:
         self._own(self._watch.leave_loop)
-        self._watch.history.open(source)
+        if not self._watch.history.open(source):
+            return  # an earlier process has run it to its end
         try:
             while self._goes_on(source):
                 try:
@@ -459,6 +486,7 @@ class Monitor:
         return is_admitted
 
     def _decide_on_update(self, has_closure: bool) -> bool:
+        self._watch.history.hold_back_update()
         if self._guard.mode == "observe":
             if not has_closure:
                 self._own(self._watch.observe_update)
@@ -510,7 +538,7 @@ class Monitor:
 
     def _config(self, spectra: SpectralWatch | None) -> dict[str, Any]:
         return {
-            "guard": self._guard.model_dump(),
+            "guard": self._guard.model_dump(mode="json"),
             "monitor": self._settings.model_dump(mode="json"),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "backends": active_backends(),

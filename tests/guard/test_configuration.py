@@ -24,6 +24,8 @@ BAD = {
     "lr_backoff": 1.5,
     "lr_recovery_steps": -1,
     "skip_batches": 0.5,
+    "persist_dir": 5,
+    "verify_state": "perhaps",
 }
 
 
@@ -32,9 +34,11 @@ def test_defaults_are_the_specified_ones() -> None:
         "mode": "observe",
         "snapshot_interval": 100,
         "depth": 3,
+        "persist_dir": None,
         "clean_steps": 2,
         "min_depth": 0,
         "check_interval": 1,
+        "verify_state": False,
         "violation_threshold": 1e6,
         "spike_window": 128,
         "spike_min_count": 32,
@@ -87,3 +91,16 @@ def test_a_guard_cannot_be_changed_once_made() -> None:
     guard: Any = fs.Guard()
     with pytest.raises(ValidationError, match="frozen"):
         guard.depth = 5
+
+
+@pytest.mark.parametrize("mode", ["observe", "skip"])
+def test_a_directory_for_snapshots_that_are_never_taken_is_refused(mode: Any) -> None:
+    with pytest.raises(ValidationError, match=r"takes no snapshots; accepted: with mode='recover'"):
+        fs.Guard(mode=mode, persist_dir="x")
+    assert fs.Guard(mode="recover", persist_dir="x").persist_dir is not None
+
+
+def test_a_seal_needs_a_step_that_confirms_a_snapshot() -> None:
+    with pytest.raises(ValidationError, match="clean_steps is 0 with verify_state=True"):
+        fs.Guard(mode="recover", verify_state=True, clean_steps=0)
+    assert fs.Guard(mode="skip", verify_state=True, clean_steps=0).verify_state

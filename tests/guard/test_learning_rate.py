@@ -3,31 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.optim import SGD
 from torch.optim.lr_scheduler import (
+    ChainedScheduler,
     CosineAnnealingLR,
+    ExponentialLR,
     LambdaLR,
+    LinearLR,
     LRScheduler,
+    MultiStepLR,
     OneCycleLR,
     ReduceLROnPlateau,
+    SequentialLR,
 )
 
+import foreshock as fs
 from foreshock.guard import LearningRateBackoff
+from tests.monitor import training as t
 
 SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "lambda": lambda o: LambdaLR(o, lambda step: 0.9**step),
     "cosine": lambda o: CosineAnnealingLR(o, T_max=30),
     "one-cycle": lambda o: OneCycleLR(o, max_lr=1.0, total_steps=30, cycle_momentum=False),
+    "one-cycle-with-momentum": lambda o: OneCycleLR(o, max_lr=1.0, total_steps=30),
+    "multi-step": lambda o: MultiStepLR(o, [3, 7, 7], 0.5),
+    "sequential": lambda o: SequentialLR(
+        o, [LinearLR(o, 0.1, total_iters=6), ExponentialLR(o, 0.9)], milestones=[6]
+    ),
+    "chained": lambda o: ChainedScheduler([LinearLR(o, 0.5, total_iters=9), ExponentialLR(o, 0.9)]),
     "plateau": lambda o: ReduceLROnPlateau(o, patience=1),
 }
 
 
 def make_optimizer(lr: Any = 0.5) -> SGD:
-    return SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+    return SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr, momentum=0.5)
 
 
 def run_update(backoff: LearningRateBackoff, optimizer: torch.optim.Optimizer) -> list[float]:
@@ -123,3 +137,39 @@ def test_groups_without_a_rate_are_left_alone() -> None:
     with backoff.applied_to(optimizer):
         assert optimizer.param_groups[0]["lr"] is None
         assert "lr" not in optimizer.param_groups[1]
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_after_a_rollback_every_scheduler_plans_on_as_if_there_had_been_none(
+    tmp_path: Path, name: str
+) -> None:
+    """Its own state is rolled back; the factor is on the updates alone, and recovers linearly."""
+
+    def go(strikes: list[t.Strike]) -> tuple[list[float], list[float]]:
+        run = t.make_run(optimizer=lambda ps: SGD(ps, lr=0.1, momentum=0.5), strikes=strikes)
+        scheduler = SCHEDULERS[name](run.optimizer)
+        is_plateau = isinstance(scheduler, ReduceLROnPlateau)
+        guard = fs.Guard(mode="recover", snapshot_interval=4, lr_backoff=0.5, lr_recovery_steps=4)
+        state = {"scheduler": scheduler}
+        used: list[float] = []
+        planned: list[float] = []
+        run.optimizer.register_step_pre_hook(
+            lambda o, *_: used.append(float(o.param_groups[0]["lr"]))
+        )
+        with fs.Monitor(run.model, run.optimizer, tmp_path / "run", guard, state=state) as monitor:
+            for step, batch in monitor.loop(run.loader, epochs=2):
+                planned.append(float(run.optimizer.param_groups[0]["lr"]))
+                t.train_step(run, step, batch, monitor)
+                if is_plateau:
+                    scheduler.step(1.0)
+                else:
+                    scheduler.step()
+        return planned, used
+
+    planned, used = go([])
+    assert used == planned
+    struck_planned, struck_used = go([t.Strike(6, t.nan_in_weight)])
+    assert struck_planned == [*planned[:7], *planned[4:]]
+    factors = [1.0] * 6 + [0.5, 0.625, 0.75, 0.875] + [1.0] * 4
+    expected = [*planned[:6], *planned[4:]]
+    assert struck_used == pytest.approx([r * f for r, f in zip(expected, factors, strict=True)])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import threading
 from typing import Any
 
 import pytest
 import torch
 
-from foreshock.guard import SnapshotDropped, SnapshotRing
+from foreshock.guard import SnapshotDropped, SnapshotRing, snapshots
+from foreshock.guard.arena import Arena
 from foreshock.guard.snapshots import Standing, checksum, find_nonfinite
 
 
@@ -19,8 +22,8 @@ class Box:
         self.value = torch.tensor([value]) if isinstance(value, float) else value
         self.restored = 0
 
-    def capture(self) -> Any:
-        return {"x": self.value.clone() if isinstance(self.value, torch.Tensor) else self.value}
+    def live(self) -> Any:
+        return {"x": self.value}
 
     def restore(self, saved: Any) -> None:
         self.value = saved["x"].clone()
@@ -247,3 +250,165 @@ def test_nonfinite_tensors_are_found_in_any_dtype_that_can_hold_them() -> None:
         "nested": [{"deep": torch.tensor(math.nan)}],
     }
     assert find_nonfinite(state) == ["half", "complex", "nested.0.deep"]
+
+
+# ---- memory
+
+
+def test_memory_is_allocated_once_and_then_used_again() -> None:
+    ring = Ring(depth=2, clean_steps=0)
+    places = []
+    for step in range(12):
+        ring.box.value = torch.full((64,), float(step))
+        snapshot = ring.take(step)
+        assert snapshot is not None
+        places.append(snapshot.arena)
+    assert len(set(map(id, places))) == 3
+    values = [entry.saved["parameters"]["x"][0].item() for entry in ring.entries]
+    assert values == [10.0, 11.0]
+    assert all(checksum(entry.saved) == entry.checksum for entry in ring.entries)
+
+
+def test_memory_that_a_file_is_being_made_of_is_left_as_it_is() -> None:
+    ring = Ring(depth=1, clean_steps=0)
+    first = ring.take(0)
+    assert first is not None
+    first.is_being_saved = True
+    for step in range(1, 6):
+        ring.box.value = torch.tensor([float(step)])
+        ring.take(step)
+    assert first.saved["parameters"]["x"].item() == 0.0
+    assert checksum(first.saved) == first.checksum
+
+
+def test_what_a_depth_costs_is_said_once_for_each_size(caplog: pytest.LogCaptureFixture) -> None:
+    ring = Ring(depth=3)
+    ring.box.value = torch.zeros(1 << 18)
+    with caplog.at_level(logging.INFO, "foreshock"):
+        ring.take(0)
+        ring.take(1)
+    (said,) = caplog.messages
+    assert said == (
+        "a snapshot takes 1.0 MiB of host memory; depth=3 keeps up to 4 of them, 4.0 MiB"
+    )
+
+
+def test_a_depth_that_memory_will_not_do_for_is_warned_of(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshots, "available_bytes", lambda: 3 << 20)
+    ring = Ring(depth=3)
+    ring.box.value = torch.zeros(1 << 18)
+    with caplog.at_level(logging.WARNING, "foreshock"):
+        assert ring.take(0) is not None
+    assert "depth=3 keeps up to 4 of them, 4.0 MiB, and 3.0 MiB is left: lower depth" in caplog.text
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_snapshot_that_does_not_fit_is_refused_and_training_goes_on(
+    is_known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rather than to be ended by the system for want of memory."""
+    monkeypatch.setattr(snapshots, "available_bytes", lambda: 1 << 20 if is_known else None)
+    if not is_known:
+        monkeypatch.setattr(snapshots, "Arena", lambda _: torch.empty(1 << 60))
+    ring = Ring()
+    ring.box.value = torch.zeros(1 << 19)
+    assert ring.take(0) is None
+    left = "1.0 MiB" if is_known else "an unknown amount"
+    why = f"its copy takes 2.0 MiB of host memory, of which {left} is left"
+    assert ring.told == [SnapshotDropped(0, why)]
+
+
+# ---- copies that are under way
+
+
+class LateTransfer:
+    """A device that copies when it must: when the host waits, or is held back by an update."""
+
+    def __init__(self, targets: Any, sources: Any, is_steady: Any) -> None:
+        self.steady = []
+        for target, source, steady in zip(targets, sources, is_steady, strict=True):
+            if steady:
+                self.steady.append((target, source))
+            else:
+                target.copy_(source)
+        self.arrived = threading.Event()
+
+    def hold_back(self) -> None:
+        for target, source in self.steady:
+            target.copy_(source)
+        self.arrived.set()
+
+    def wait(self) -> None:
+        assert self.arrived.wait(10)
+
+
+class OffDevice(Arena):
+    def __init__(self, tensors: Any) -> None:
+        super().__init__(tensors)
+        self.is_pinned = True
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshots, "Transfer", LateTransfer)
+    monkeypatch.setattr(snapshots, "Arena", OffDevice)
+
+
+@pytest.mark.usefixtures("late")
+def test_trap_18_a_copy_is_complete_before_the_next_update_and_nobody_waits_for_it() -> None:
+    buffers = Box(1.0)
+    ring = Ring(clean_steps=1, buffers=buffers)
+    snapshot = ring.take(0)
+    assert snapshot is not None
+    assert ring.standings == {0: Standing.CAPTURED}
+    buffers.value.fill_(2.0)  # the next forward
+    ring.note_clean_step(0)
+    assert ring.standings == {0: Standing.CAPTURED}  # proven, but not verified yet
+    ring.hold_back_update()
+    ring.box.value.fill_(3.0)  # the update
+    found = ring.newest_good(0)
+    assert found is snapshot
+    assert found.standing is Standing.KNOWN_GOOD
+    assert found.saved["parameters"]["x"].item() == 0.0
+    assert found.saved["buffers"]["x"].item() == 1.0
+    assert checksum(found.saved) == found.checksum
+    ring.close()
+
+
+@pytest.mark.usefixtures("late")
+def test_a_bad_copy_that_is_under_way_is_never_restored() -> None:
+    ring = Ring(clean_steps=0)
+    ring.box.value = torch.tensor([math.nan])
+    assert ring.take(0) is not None
+    ring.hold_back_update()
+    assert ring.newest_good(0) is None
+    assert ring.told == [SnapshotDropped(0, "parameters.x is not finite")]
+    ring.close()
+
+
+@pytest.mark.gpu
+def test_a_copy_from_a_device_runs_beside_it_and_comes_out_right() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    ring = Ring(clean_steps=0)
+    ring.box.value = torch.rand(1 << 24, device="cuda")
+    expected = ring.box.value.cpu()
+    ring.take(0)  # allocates
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        snapshot = ring.take(1)
+        ring.hold_back_update()
+        ring.box.value.mul_(2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert snapshot is not None
+    found = ring.newest_good(1)
+    assert found is snapshot
+    assert found.arena is not None
+    assert found.arena.memory.is_pinned()
+    assert torch.equal(found.saved["parameters"]["x"], expected)
+    ring.restore(found)
+    ring.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -21,13 +22,22 @@ class Guard(Settings):
     snapshot_interval: PositiveInt = 100
     """Steps between snapshots."""
     depth: PositiveInt = 3
-    """Snapshots kept; each is a full copy of model, optimizer and registered state in memory."""
+    """Snapshots kept; each is a full copy of model, optimizer and registered state in memory. There
+    is one more while the newest is not proven, and one more while one that is no longer kept is
+    being written to disk."""
+    persist_dir: Path | None = None
+    """Directory, of this run alone, to which snapshots that are known to be good are written, the
+    newest `depth` of them; see `Monitor.resume`. None: they are kept in memory only."""
     clean_steps: NonNegativeInt = 2
     """Clean steps, each with an update, that must follow a snapshot before it may be restored."""
     min_depth: NonNegativeInt = 0
     """Steps that a snapshot must be old to be restored."""
     check_interval: PositiveInt = 1
     """Steps between scans of the parameters; gradients are scanned at every step."""
+    verify_state: bool = False
+    """Whether parameters and optimizer state are summed up after each update and before the next: a
+    bit that has flipped in between, however finite the outcome, is a bad state. Costs two reads of
+    both a step. Not for loops that change parameters outside of `optimizer.step`."""
     violation_threshold: PositiveFloat = 1e6
     """A finite loss over this is a violation: the state counts as bad."""
     spike_window: int = Field(default=128, ge=2)
@@ -54,6 +64,24 @@ class Guard(Settings):
     """Steps over which that factor returns to 1, linearly."""
     skip_batches: NonNegativeInt = 0
     """Batches left out from the failing one on when steps are run again after a rollback."""
+
+    @model_validator(mode="after")
+    def _only_recover_mode_takes_snapshots(self) -> Guard:
+        if self.persist_dir is not None and self.mode != "recover":
+            raise ValueError(
+                f"persist_dir is {str(self.persist_dir)!r} with mode={self.mode!r}, which takes no "
+                "snapshots; accepted: with mode='recover'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_snapshot_must_outlive_a_check_of_the_state(self) -> Guard:
+        if self.verify_state and self.mode == "recover" and self.clean_steps < 1:
+            raise ValueError(
+                "clean_steps is 0 with verify_state=True, which finds a change only in the step "
+                "after a snapshot; accepted: 1 and more"
+            )
+        return self
 
     @model_validator(mode="after")
     def _window_must_hold_the_least_count(self) -> Guard:

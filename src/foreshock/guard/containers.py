@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -19,13 +21,30 @@ def copy_out(value: Any) -> Any:
     Cost:
         One copy of every tensor; waits for the device that a tensor is on.
     """
+    return copy_with(value, lambda t: t.detach().to("cpu", copy=True))
+
+
+def copy_with(value: Any, of_tensor: Callable[[torch.Tensor], Any]) -> Any:
+    """Deep copy of nested containers, with something else in the place of each tensor.
+
+    Args:
+        value: as for `copy_out`.
+        of_tensor: gives what takes a tensor's place; asked in the order of `tensors_in`.
+    """
     if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
+        return of_tensor(value)
     if isinstance(value, Mapping):
-        return {key: copy_out(item) for key, item in value.items()}
-    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
-        return type(value)(copy_out(item) for item in value)
-    return copy.deepcopy(value)
+        copied = {key: copy_with(item, of_tensor) for key, item in value.items()}
+        if isinstance(value, Counter):
+            return Counter(copied)
+        return OrderedDict(copied) if isinstance(value, OrderedDict) else copied
+    if isinstance(value, tuple) and hasattr(value, "_make"):
+        return value._make(copy_with(item, of_tensor) for item in value)
+    if isinstance(value, list | tuple):
+        if _are_numbers(value):
+            return type(value)(value)
+        return type(value)(copy_with(item, of_tensor) for item in value)
+    return value if type(value) in _NUMBERS else copy.deepcopy(value)
 
 
 def leaves_in(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -40,6 +59,32 @@ def leaves_in(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
+def arrays_in(
+    value: Any, path: str = ""
+) -> Iterator[tuple[str, torch.Tensor | np.ndarray[Any, Any]]]:
+    """Every tensor and NumPy array of a nested container, with the dotted path to it.
+
+    Cost: a microsecond or two each; long lists of numbers are passed over.
+    """
+    if isinstance(value, torch.Tensor | np.ndarray):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            if type(item) not in _NUMBERS:
+                yield from arrays_in(item, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list | tuple) and not _are_numbers(value):
+        for i, item in enumerate(value):
+            yield from arrays_in(item, f"{path}.{i}" if path else str(i))
+
+
 def tensors_in(value: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of a nested container, with the dotted path to it."""
-    return ((at, leaf) for at, leaf in leaves_in(value, path) if isinstance(leaf, torch.Tensor))
+    return ((at, leaf) for at, leaf in arrays_in(value, path) if isinstance(leaf, torch.Tensor))
+
+
+_NUMBERS = frozenset({bool, int, float, str, bytes, type(None)})
+
+
+def _are_numbers(values: list[Any] | tuple[Any, ...]) -> bool:
+    """Whether all that is in a list is of a kind that can neither change nor hold a tensor."""
+    return _NUMBERS.issuperset(map(type, values))

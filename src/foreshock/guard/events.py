@@ -29,6 +29,7 @@ class Reason(enum.Enum):
     LOSS_SPIKE = "LOSS_SPIKE"
     GRADIENT_SPIKE = "GRADIENT_SPIKE"
     SPECTRAL_INSTABILITY = "SPECTRAL_INSTABILITY"
+    STATE_CHANGED = "STATE_CHANGED"
     CONSECUTIVE_SKIPS = "CONSECUTIVE_SKIPS"
     TOO_MANY_ROLLBACKS = "TOO_MANY_ROLLBACKS"
     NO_SNAPSHOT = "NO_SNAPSHOT"
@@ -44,9 +45,9 @@ class Response(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Offender:
-    """The first tensor found with a value that is not finite."""
+    """The first tensor found with a value that is not finite, or changed when nothing may."""
 
-    kind: Literal["parameter", "buffer", "gradient"]
+    kind: Literal["parameter", "buffer", "gradient", "optimizer state"]
     name: str
     nan: int
     inf: int
@@ -54,6 +55,8 @@ class Offender:
 
     def __str__(self) -> str:
         counts = [f"{n} {what}" for n, what in ((self.nan, "NaN"), (self.inf, "Inf")) if n]
+        if not counts:
+            return f"{self.kind} {self.name}: changed between two updates"
         return f"{self.kind} {self.name}: {' and '.join(counts)} of {self.numel} values"
 
 
@@ -117,6 +120,31 @@ class SnapshotDropped:
 
     step: int
     why: str
+
+
+@dataclasses.dataclass(frozen=True)
+class SnapshotSaved:
+    """A snapshot is on disk."""
+
+    step: int
+    path: str
+    size_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SnapshotNotSaved:
+    """A snapshot did not get to the disk; in memory it is as good as before."""
+
+    step: int
+    why: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Resumed:
+    """The run goes on from a snapshot of an earlier process."""
+
+    step: int
+    path: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,6 +353,9 @@ Event = (
     | RolledBack
     | Recovered
     | SnapshotDropped
+    | SnapshotSaved
+    | SnapshotNotSaved
+    | Resumed
     | Aborted
     | RiskLevelChanged
     | RiskAnswered

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from foreshock.guard.configuration import Guard
-from foreshock.guard.events import SnapshotDropped
+from foreshock.guard.events import Event
+from foreshock.guard.persistence import Saver, SnapshotFolder, find_newest
 from foreshock.guard.replay import BatchSource
-from foreshock.guard.snapshots import Snapshot, SnapshotRing
+from foreshock.guard.snapshots import Snapshot, SnapshotRing, Standing
 from foreshock.guard.state import (
     GradientState,
     NamedTensors,
@@ -22,7 +25,13 @@ from foreshock.guard.state import (
     named_parameters,
 )
 
+_log = logging.getLogger("foreshock")
+
+_CLOSE_TIMEOUT_S = 60.0
 _GRADIENTS = "gradients"
+_RUN = "run"
+"""What only another process takes over; a rollback that restored it would never be counted."""
+_SIGNALS = ("spikes", "spectral", "noise", "surprise")
 RESERVED_NAMES = (
     "parameters",
     "buffers",
@@ -30,10 +39,8 @@ RESERVED_NAMES = (
     "optimizer",
     "random",
     "data",
-    "spikes",
-    "spectral",
-    "noise",
-    "surprise",
+    _RUN,
+    *_SIGNALS,
 )
 """Names that no registered state may have."""
 
@@ -47,7 +54,8 @@ class History:
     Args:
         model, optimizer, state: what belongs to the state of the run.
         guard: how many snapshots, how often; none are taken but in recover mode.
-        dropped: told of each snapshot that is found unfit.
+        told: of each snapshot that is found unfit, is saved to disk, or cannot be.
+        run: what belongs to the run, but not to its state: counts of rollbacks, and the like.
     """
 
     def __init__(
@@ -56,7 +64,8 @@ class History:
         optimizer: torch.optim.Optimizer,
         state: Mapping[str, Stateful],
         guard: Guard,
-        dropped: Callable[[SnapshotDropped], None],
+        told: Callable[[Event], None],
+        run: Mapping[str, Stateful] | None = None,
     ) -> None:
         parameters = named_parameters(model, optimizer)
         self._gradients = GradientState(parameters)
@@ -67,9 +76,18 @@ class History:
             "optimizer": OptimizerState(optimizer),
             "random": RandomState(),
             **{name: make_part(owner) for name, owner in state.items()},
+            _RUN: _Several(run or {}),
         }
-        self.ring = SnapshotRing(parts, guard.depth, guard.clean_steps, dropped)
+        self._parts = parts
+        self.ring = SnapshotRing(parts, guard.depth, guard.clean_steps, told)
         self._guard = guard
+        self._told = told
+        self._folder = None if guard.persist_dir is None else SnapshotFolder(guard.persist_dir)
+        self._saver = None if self._folder is None else Saver(self._folder, guard.depth)
+        self._may_write = False
+        self._resumed: Snapshot | None = None
+        """From another process, while the loop that it was taken in is not open yet."""
+        self._loops = 0
         self._places: dict[int, Any] = {}  # of the open loop's batches, by snapshots' steps
         self._returning_to: Snapshot | None = None
         self.has_start = False
@@ -79,11 +97,30 @@ class History:
         self.source: BatchSource | None = None
         """Where the batches of the open loop come from."""
 
-    def open(self, source: BatchSource) -> None:
-        """A loop begins; one that was still open is at an end."""
+    def open(self, source: BatchSource) -> bool:
+        """A loop begins; one that was still open is at an end.
+
+        Returns:
+            False for one that an earlier process has run to its end.
+        """
         self.close()
+        self._loops += 1
+        if self._resumed is not None and self._is_over(self._resumed.place):
+            return False
         self.source = source
         self.has_start = False
+        resumed, self._resumed = self._resumed, None
+        if resumed is not None and self._loops == resumed.place["loop"]:
+            source.resume(resumed.place["source"])
+            self.ring.restore(resumed)  # once more: random numbers may have been drawn since
+            self._places[resumed.step] = source.capture()
+            self.has_start = True
+        return True
+
+    def _is_over(self, place: Mapping[str, Any]) -> bool:
+        """Whether the loop that has just begun was at its end when a snapshot was taken."""
+        loop: int = place["loop"]
+        return self._loops < loop or (self._loops == loop and place["source"] is None)
 
     def close(self) -> int | None:
         """The loop has ended.
@@ -117,9 +154,111 @@ class History:
             self.has_start = True
             self.is_requested = False
             self._gradients.carries_values = is_within_accumulation
-            if self.ring.take(step) is not None and self.source is not None:
-                self._places[step] = self.source.capture()
+            self._claim_folder()
+            snapshot = self.ring.take(step)
+            if snapshot is not None:
+                self._note_place(snapshot)
         self._forget_old_batches()
+
+    def _note_place(self, snapshot: Snapshot) -> None:
+        source = self.source
+        if source is not None:
+            self._places[snapshot.step] = source.capture()
+        if self._saver is not None:
+            place = None if source is None else source.place_elsewhere()
+            snapshot.place = {"loop": self._loops, "source": place}
+
+    def note_clean_step(self, step: int) -> None:
+        """A step was run and nothing was wrong with it; has the newest proven snapshot saved."""
+        self.ring.note_clean_step(step)
+        if self._saver is None:
+            return
+        self._tell_of_saving()
+        good = [kept for kept in self.ring.entries if kept.standing is Standing.KNOWN_GOOD]
+        # Not before a step has been run from it: only then it is known where an epoch ends.
+        if good and good[-1].clean_steps and not good[-1].was_given_to_saver:
+            good[-1].was_given_to_saver = True
+            self._saver.save(good[-1])
+
+    def _tell_of_saving(self) -> None:
+        for event in () if self._saver is None else self._saver.events():
+            self._told(event)
+
+    def _claim_folder(self) -> None:
+        """Not to mix up two runs, of which the older may have the higher steps."""
+        if self._folder is None or self._may_write:
+            return
+        steps = self._folder.steps()
+        if steps:
+            raise FileExistsError(
+                f"persist_dir is {str(self._folder.path)!r}, which has an earlier run's snapshots, "
+                f"up to step {steps[-1]}; accepted: an empty directory, or Monitor.resume() first"
+            )
+        self._may_write = True
+
+    def hold_back_update(self) -> None:
+        """An update is about to be made."""
+        self.ring.hold_back_update()
+
+    def finish(self) -> None:
+        """The run is at its end: waits until the last snapshot is on disk."""
+        self.ring.close()
+        if self._saver is not None and not self._saver.close(_CLOSE_TIMEOUT_S):
+            _log.warning("a snapshot is still being written to %s", self._guard.persist_dir)
+        self._tell_of_saving()
+
+    # ---- another process
+
+    def find_saved(self, where: Path) -> tuple[Path, Snapshot] | None:
+        """The newest snapshot that can be used; see `find_newest`."""
+        return find_newest(where, self._told)
+
+    def resume(self, snapshot: Snapshot, path: Path) -> None:
+        """Makes the state what it was when another process took a snapshot.
+
+        Args:
+            snapshot: known to be good there.
+            path: where it was found.
+        Raises:
+            ValueError: it is of another model, optimizer or state.
+        """
+        self._refuse_other_run(snapshot.saved)
+        for name in _SIGNALS:
+            self._try_signal(name, snapshot)
+        self.ring.adopt(snapshot)
+        self.ring.restore(snapshot)
+        self._resumed = None if snapshot.place is None else snapshot
+        self.has_start = True
+        if self._folder is not None and path.resolve().parent == self._folder.path.resolve():
+            self._folder.set_aside_after(snapshot.step)
+            self._may_write = True
+            snapshot.was_given_to_saver = True
+
+    def _try_signal(self, name: str, snapshot: Snapshot) -> None:
+        if name not in self._parts or name not in snapshot.saved:
+            return
+        try:
+            self._parts[name].restore(snapshot.saved[name])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            _log.warning("%s begins anew: other settings than in the snapshot (%s)", name, error)
+            del snapshot.saved[name]
+
+    def _refuse_other_run(self, saved: Mapping[str, Any]) -> None:
+        here, there = (set(parts) - {*_SIGNALS, _RUN} for parts in (self._parts, saved))
+        if here != there:
+            raise ValueError(
+                f"state is not that of the snapshot: missing here {sorted(there - here)}, missing "
+                f"there {sorted(here - there)}; accepted: the same names"
+            )
+        for part in ("parameters", "buffers"):
+            _refuse_other_tensors(part, self._parts[part].live(), saved[part])
+        live = self._parts["optimizer"].live()
+        sizes = [(len(s["groups"]), len(s["state"])) for s in (live, saved["optimizer"])]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"optimizer has {sizes[0][0]} groups of {sizes[0][1]} parameters, the snapshot's "
+                f"{sizes[1][0]} of {sizes[1][1]}; accepted: the same"
+            )
 
     def _forget_old_batches(self) -> None:
         if self.source is None:
@@ -145,7 +284,9 @@ class History:
             snapshot: of this run.
             fetched_since: batches that were fetched after that of the failing step.
         """
-        self.ring.restore(snapshot, without=frozenset({_GRADIENTS}))
+        self.ring.restore(snapshot, without=frozenset({_GRADIENTS, _RUN}))
+        if self._saver is not None:
+            self._saver.forget_after(snapshot.step)
         if self.source is not None and snapshot.step in self._places:
             # The index of the batch fetched last is one behind; to be left out from now on.
             failing = self.source.index - 1 - fetched_since
@@ -169,6 +310,34 @@ class History:
         snapshot, self._returning_to = self._returning_to, None
         if snapshot is None or self.source is None:
             return None
-        self.ring.restore(snapshot)
+        self.ring.restore(snapshot, without=frozenset({_RUN}))
         self.source.restore(self._places[snapshot.step])
         return snapshot.step
+
+
+class _Several:
+    """What several owners save and load themselves."""
+
+    def __init__(self, owners: Mapping[str, Stateful]) -> None:
+        self._owners = owners
+
+    def live(self) -> Any:
+        return {name: owner.state_dict() for name, owner in self._owners.items()}
+
+    def restore(self, saved: Any) -> None:
+        for name, owner in self._owners.items():
+            owner.load_state_dict(saved[name])
+
+
+def _refuse_other_tensors(
+    part: str, here: Mapping[str, torch.Tensor], there: Mapping[str, torch.Tensor]
+) -> None:
+    for name in {**here, **there}:
+        shapes = [tuple(x[name].shape) if name in x else None for x in (here, there)]
+        # A buffer may have grown.
+        if None in shapes or (part == "parameters" and shapes[0] != shapes[1]):
+            said = ["is missing" if s is None else f"has shape {s}" for s in shapes]
+            raise ValueError(
+                f"model is not that of the snapshot: of its {part} {name!r} {said[0]} here and "
+                f"{said[1]} there; accepted: the same model"
+            )

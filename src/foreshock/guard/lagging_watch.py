@@ -35,6 +35,9 @@ class _Report:
     weights: Inspection | None = None
     loss: Later | None = None
     scores: Later | None = None
+    has_changed_state: torch.Tensor | None = None
+    """() bool, on the device."""
+    changed_state: Later | None = None
     is_unstable: bool = False
     was_stepped: bool = False
     is_loss_gated: bool = False
@@ -169,7 +172,10 @@ class LaggingWatch(Watch):
             spikes = self._to_be_acted_on(report.step, self._spikes_there.note(report.scores.get()))
         has_bad_weights = report.weights is not None and report.weights.read().has_nonfinite
         has_bad_gradient = self._is_gradient_bad(finding)
-        signs = Signs(loss, has_bad_gradient, has_bad_weights, report.is_unstable, spikes)
+        changed = report.changed_state
+        has_changed = changed is not None and bool(changed.get())
+        flags = (has_bad_gradient, has_bad_weights, report.is_unstable, has_changed)
+        signs = Signs(loss, *flags, spikes)
         verdict = self._verdict_on(
             report.step, signs, lambda: report.find_offender(has_bad_weights)
         )
@@ -216,6 +222,8 @@ class LaggingWatch(Watch):
 
     def scaled(self) -> contextlib.AbstractContextManager[None]:
         self._is_updating = True
+        if self._report is not None:
+            self._look_at_state(self._report)
         divisor, self._divisor = self._divisor, None
         if not self._is_as_clipped():
             divisor = None
@@ -232,6 +240,8 @@ class LaggingWatch(Watch):
         is_bad = report.gradients.is_bad
         if report.weights is not None:
             is_bad = is_bad | report.weights.is_bad
+        if report.has_changed_state is not None:
+            is_bad = is_bad | report.has_changed_state.to(is_bad.device, non_blocking=True)
         if self._loss is not None:
             report.is_loss_gated = True
             is_good = self._loss <= self._guard.violation_threshold  # no NaN is
@@ -240,6 +250,11 @@ class LaggingWatch(Watch):
         if self._scores is not None and self._guard.spike_response == "skip":
             is_bad = is_bad | (self._scores[1] > 0).any().to(is_bad.device, non_blocking=True)
         return is_bad.float()
+
+    def _look_at_state(self, report: _Report) -> None:
+        if self._seal is not None and self._seal.is_set:
+            report.has_changed_state = self._seal.differs()
+            report.changed_state = Later(report.has_changed_state)
 
     # ---- the gradients
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -39,6 +39,15 @@ class LearningRateBackoff:
         self._lowest = self.factor * self._backoff
         self._updates = 0
         return self.factor
+
+    def state_dict(self) -> dict[str, float]:
+        """The factor in force; a rollback leaves it, only another process takes it over."""
+        return {"lowest": self._lowest, "updates": self._updates}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Goes on recovering from there."""
+        self._lowest = state_dict["lowest"]
+        self._updates = state_dict["updates"]
 
     @contextlib.contextmanager
     def applied_to(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:

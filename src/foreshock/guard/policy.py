@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from foreshock.guard.configuration import Guard
 from foreshock.guard.events import Action, Reason
@@ -20,6 +21,8 @@ class Signs:
     has_nonfinite_weights: bool = False
     is_unstable: bool = False
     """The spectra of the weights say so, and the monitor is told to act on it."""
+    has_changed_state: bool = False
+    """Parameters or optimizer state are no longer what the last update has made them."""
     spikes: tuple[Reason, ...] = ()
     """What stands out from the steps before, if that is to be acted on."""
 
@@ -84,10 +87,28 @@ class Policy:
         """The step that had failed was passed."""
         self._rollbacks_unpassed = 0
 
+    def state_dict(self) -> dict[str, Any]:
+        """The counts; a rollback leaves them as they are, only another process takes them over."""
+        return {
+            "run_steps": self._run_steps,
+            "bad_updates": self._bad_updates,
+            "rollbacks": list(self._rollbacks),
+            "rollbacks_unpassed": self._rollbacks_unpassed,
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Counts on from there."""
+        self._run_steps = state_dict["run_steps"]
+        self._bad_updates = state_dict["bad_updates"]
+        self._rollbacks = deque(state_dict["rollbacks"])
+        self._rollbacks_unpassed = state_dict["rollbacks_unpassed"]
+
     def _reasons(self, signs: Signs) -> tuple[Reason, ...]:
         reasons = []
         if signs.has_nonfinite_weights:
             reasons.append(Reason.NONFINITE_WEIGHTS)
+        if signs.has_changed_state:
+            reasons.append(Reason.STATE_CHANGED)
         if signs.has_nonfinite_gradient:
             reasons.append(Reason.NONFINITE_GRADIENT)
         if signs.loss is not None and not math.isfinite(signs.loss):
@@ -103,6 +124,7 @@ class Policy:
     def _is_state_bad(reasons: tuple[Reason, ...]) -> bool:
         bad = {
             Reason.NONFINITE_WEIGHTS,
+            Reason.STATE_CHANGED,
             Reason.LOSS_OVER_THRESHOLD,
             Reason.SPECTRAL_INSTABILITY,
             Reason.CONSECUTIVE_SKIPS,

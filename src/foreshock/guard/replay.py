@@ -66,6 +66,7 @@ class BatchSource:
             if self._iterator is None:
                 if self._epoch >= self._epochs:
                     raise StopIteration
+                self._note_epoch_begin()
                 self._iterator = iter(self._loader)
             try:
                 return next(self._iterator)
@@ -74,8 +75,30 @@ class BatchSource:
                 self._epoch += 1
                 self._note_epoch_end()
 
+    def _note_epoch_begin(self) -> None:
+        """The loader is about to be iterated over."""
+
     def _note_epoch_end(self) -> None:
         """The loader has just said that an epoch is over."""
+
+    def place_elsewhere(self) -> Any:
+        """Where the source is, said so that another process finds it."""
+        return {**self._place_of_batches(), "left_out": sorted(self._left_out)}
+
+    def _place_of_batches(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def resume(self, place: Any) -> None:
+        """Goes to where a source of an earlier process was, before anything has been fetched.
+
+        Raises:
+            ValueError: the loader does not have as many batches.
+        """
+        self._left_out = set(place["left_out"])
+        self._find(place)
+
+    def _find(self, place: Mapping[str, Any]) -> None:
+        raise NotImplementedError
 
     def capture(self) -> Any:
         """Where the source is."""
@@ -97,6 +120,20 @@ class ResumableSource(BatchSource):
     def __init__(self, loader: Iterable[Any], epochs: int) -> None:
         super().__init__(loader, epochs)
         self._last_captured: dict[str, Any] = {"index": -1}
+
+    def _place_of_batches(self) -> dict[str, Any]:
+        captured = self._last_captured
+        return captured if captured["index"] == self.index else dict(self.capture())
+
+    def place_elsewhere(self) -> Any:
+        # The very dictionary, which is told if an epoch turns out to have been at its end.
+        place = self._place_of_batches()
+        place["left_out"] = sorted(self._left_out)
+        return place
+
+    def _find(self, place: Mapping[str, Any]) -> None:
+        self.restore(place)
+        self._last_captured = dict(place)
 
     def capture(self) -> Any:
         self._last_captured = {"index": self.index, "place": self._place(), "after_end": None}
@@ -158,8 +195,19 @@ class _Kept(NamedTuple):
     """What drawing the batch left the random generators at."""
 
 
+class _Epoch(NamedTuple):
+    first_index: int
+    number: int
+    generators: Any
+    """The random generators, and the loader's own, just before it began."""
+    own_generators: list[torch.Tensor]
+
+
 class BufferedSource(BatchSource):
     """Of any other loader: keeps the batches since the oldest snapshot.
+
+    Another process goes through the epoch from its beginning, with the random generators of then,
+    up to where this one was.
 
     Containers are handed out as shallow copies, so that a training loop may take entries out of
     them. Tensors are not copied until one is found to have been changed in place.
@@ -171,6 +219,7 @@ class BufferedSource(BatchSource):
         self._generators = RandomState()
         self._kept: deque[_Kept] = deque()
         self._first_kept = 0
+        self._begun: list[_Epoch] = []
         self._must_clone = False
         self._kept_bytes = 0
         self._has_warned_of_memory = False
@@ -216,7 +265,44 @@ class BufferedSource(BatchSource):
     def _handed_out(self, batch: Any) -> Any:
         return _copy_containers(batch, self._must_clone)
 
+    def _note_epoch_begin(self) -> None:
+        if self._keeps_batches:
+            own = [g.get_state() for g in _generators_of(self._loader)]
+            begun = _Epoch(self.index, self._epoch, self._generators.capture(), own)
+            self._begun.append(begun)
+
+    def _place_of_batches(self) -> dict[str, Any]:
+        """The epoch that the batch before is of: the next one may not have begun."""
+        before = [epoch for epoch in self._begun if epoch.first_index < self.index]
+        return {"index": self.index, "epoch": before[-1]._asdict() if before else None}
+
+    def _find(self, place: Mapping[str, Any]) -> None:
+        self.index = self._first_kept = place["index"]
+        if place["epoch"] is None:
+            return
+        epoch = _Epoch(**place["epoch"])
+        self._epoch, self._begun = epoch.number, [epoch]
+        with _unmoved_generators():
+            self._generators.restore(epoch.generators)
+            for own, state in zip(_generators_of(self._loader), epoch.own_generators, strict=False):
+                own.set_state(state.clone())
+            self._iterator = iter(self._loader)
+            for i in range(epoch.first_index, self.index):
+                self._pass_over(i)
+
+    def _pass_over(self, index: int) -> None:
+        assert self._iterator is not None
+        try:
+            next(self._iterator)
+        except StopIteration:
+            raise ValueError(
+                f"loader ends before batch {index}, where the run that is resumed had gone on; "
+                "accepted: the same data"
+            ) from None
+
     def forget_before(self, index: int) -> None:
+        while len(self._begun) > 1 and self._begun[1].first_index < index:
+            del self._begun[0]
         while self._kept and self._first_kept < index:
             self._kept_bytes -= _size_bytes(self._kept.popleft().batch)
             self._first_kept += 1
@@ -226,6 +312,14 @@ class BufferedSource(BatchSource):
 
     def restore(self, saved: Any) -> None:
         self.index = saved["index"]
+
+
+def _generators_of(loader: Any) -> list[torch.Generator]:
+    """The generators of its own that a DataLoader draws its order from."""
+    sampler, batch_sampler = (getattr(loader, name, None) for name in ("sampler", "batch_sampler"))
+    owners = (loader, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
+    found = {id(g): g for g in (getattr(owner, "generator", None) for owner in owners)}
+    return [g for g in found.values() if isinstance(g, torch.Generator)]
 
 
 def _versions(batch: Any) -> tuple[int, ...]:

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import enum
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import xxhash
 
-from foreshock.guard.containers import leaves_in, tensors_in
+from foreshock.guard.arena import Arena, Filling, in_memory_order
+from foreshock.guard.containers import arrays_in, copy_out, copy_with, tensors_in
 from foreshock.guard.events import SnapshotDropped
+from foreshock.guard.host_memory import as_text, available_bytes
 from foreshock.guard.inspection import can_scan, readable
 from foreshock.guard.state import Part
+from foreshock.guard.transfer import Transfer
 from foreshock.host_read import read
 from foreshock.ops import health_scan
 
+_log = logging.getLogger("foreshock")
+
 ALWAYS_FINITE = frozenset({"parameters", "gradients", "optimizer"})
 """Parts that are never right with NaN or infinities in them."""
+_STEADY = ("parameters", "optimizer")
+"""Parts that only an update changes; what else there is may change with the next forward."""
 
 
 class Standing(enum.Enum):
@@ -42,6 +51,16 @@ class Snapshot:
     checksum: str = ""
     clean_steps: int = 0
     """Steps without a fault since it was taken."""
+    place: Any = None
+    """Where the batches were, for another process to find."""
+    was_given_to_saver: bool = False
+    is_being_saved: bool = False
+    """Whether a file is made of it, for which its memory must stay as it is."""
+    arena: Arena | None = None
+    transfer: Transfer | None = None
+    """What brings it here from a device."""
+    filling: concurrent.futures.Future[Filling] | None = None
+    """What is found in it, while that is not known yet."""
 
     @property
     def size_bytes(self) -> int:
@@ -50,21 +69,28 @@ class Snapshot:
 
 
 def checksum(saved: Mapping[str, Any]) -> str:
-    """XXH3 of the path and the bytes of every tensor and array, in order.
+    """XXH3 of the bytes of every tensor and array, and of their paths, types and shapes.
 
     Cost: one read; some 10 GB/s.
     """
+    dense = [t for _, t in tensors_in(saved) if not t.is_sparse]
     digest = xxhash.xxh3_128()
-    for path, leaf in leaves_in(saved):
+    for i in in_memory_order(dense):
+        digest.update(dense[i].contiguous().view(-1).view(torch.uint8).numpy().data)
+    return _with_forms(digest, saved)
+
+
+def _with_forms(digest: xxhash.xxh3_128, saved: Mapping[str, Any]) -> str:
+    """The digest of the dense tensors' bytes, completed by all else."""
+    for path, leaf in arrays_in(saved):
         if isinstance(leaf, torch.Tensor):
-            leaf = leaf._values() if leaf.is_sparse else leaf
-            array = leaf.reshape(-1).view(torch.uint8).numpy()
-        elif isinstance(leaf, np.ndarray) and not leaf.dtype.hasobject:
-            array = np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
-        else:
-            continue
-        digest.update(f"{path}:{leaf.dtype}:{tuple(leaf.shape)};".encode())
-        digest.update(array.data)
+            digest.update(f"{path}:{leaf.dtype}:{tuple(leaf.shape)};".encode())
+            if leaf.is_sparse:
+                for part in (leaf._indices(), leaf._values()):
+                    digest.update(part.contiguous().view(-1).view(torch.uint8).numpy().data)
+        elif not leaf.dtype.hasobject:
+            digest.update(f"{path}:{leaf.dtype}:{leaf.shape};".encode())
+            digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
@@ -105,6 +131,9 @@ class SnapshotRing:
         self._dropped = dropped
         self._ring: list[Snapshot] = []
         self._meant_nonfinite: frozenset[str] | None = None
+        self._spare: Arena | None = None
+        self._told_bytes = 0
+        self._verifier: concurrent.futures.ThreadPoolExecutor | None = None
 
     @property
     def entries(self) -> tuple[Snapshot, ...]:
@@ -114,27 +143,135 @@ class SnapshotRing:
     @property
     def has_room(self) -> bool:
         """Whether one more may be taken; not while a proven one waits for others to be proven."""
+        self._conclude(wait=True)
         return len(self._ring) <= self._depth
 
     def take(self, step: int) -> Snapshot | None:
-        """Copies the state as it is between two updates; None if it is not finite.
+        """Copies the state as it is between two updates.
 
         Args:
             step: the one that is about to be run; another snapshot of it is replaced.
+        Returns:
+            The snapshot; None if the state is not finite, or there is no memory for a copy.
         Cost:
-            One copy of the state, one read of the copy for the scan and one for the checksum.
+            On the CPU one read of the state and one write; scan and checksum work from the cache.
+            From a device the copy runs beside what the device is given next, and is scanned and
+            summed up by a thread; the host waits for nothing. Memory is allocated `depth` + 1
+            times, and used again.
         """
-        snapshot = Snapshot(step, {name: part.capture() for name, part in self._parts.items()})
-        bad = self._unmeant(find_nonfinite(snapshot.saved))
-        if bad:
-            self._dropped(SnapshotDropped(step, f"{bad[0]} is not finite"))
+        live = {name: part.live() for name, part in self._parts.items()}
+        dense = [(path, t) for path, t in tensors_in(live) if not t.is_sparse]
+        tensors = [t for _, t in dense]
+        arena = self._arena_for(step, tensors)
+        if arena is None:
             return None
-        snapshot.checksum = checksum(snapshot.saved)
-        snapshot.standing = Standing.VERIFIED
-        self._ring = [*(kept for kept in self._ring if kept.step < step), snapshot]
-        self._promote(snapshot)
+        copies = iter(arena.views)
+        saved = copy_with(live, lambda t: copy_out(t) if t.is_sparse else next(copies))
+        snapshot = Snapshot(step, saved, arena=arena)
+        if arena.is_pinned:
+            steady = [path.startswith(_STEADY) for path, _ in dense]
+            snapshot.transfer = transfer = Transfer(arena.views, tensors, steady)
+            snapshot.filling = self._thread().submit(_wait_and_look_over, transfer, arena)
+        self._forget([kept for kept in self._ring if kept.step >= step])
+        self._ring.append(snapshot)
+        if snapshot.filling is None:
+            self._take_in(snapshot, arena.fill(tensors))
         self._make_room()
-        return snapshot
+        return snapshot if snapshot in self._ring else None
+
+    def hold_back_update(self) -> None:
+        """Before an update: has the device wait for the copies that are under way."""
+        for snapshot in self._ring:
+            if snapshot.transfer is not None:
+                snapshot.transfer.hold_back()
+
+    def close(self) -> None:
+        """Ends the thread, if there is one."""
+        self._conclude(wait=True)
+        if self._verifier is not None:
+            self._verifier.shutdown()
+            self._verifier = None
+
+    def adopt(self, snapshot: Snapshot) -> None:
+        """Takes in a snapshot of an earlier process, known to be good, as the only one."""
+        snapshot.standing, snapshot.clean_steps = Standing.KNOWN_GOOD, self._clean_steps
+        snapshot.checksum = checksum(snapshot.saved)
+        if self._meant_nonfinite is None:
+            self._meant_nonfinite = frozenset(find_nonfinite(snapshot.saved))
+        self._forget(self._ring)
+        self._ring = [snapshot]
+
+    # ---- memory
+
+    def _arena_for(self, step: int, tensors: Sequence[torch.Tensor]) -> Arena | None:
+        spare, self._spare = self._spare, None
+        if spare is not None and spare.fits(tensors):
+            return spare
+        size = sum(t.nbytes for t in tensors)
+        del spare  # before there is another one
+        available = available_bytes()
+        if available is None or size < available:
+            self._tell_of_cost(size, available)
+            try:
+                return Arena(tensors)
+            except (RuntimeError, MemoryError):
+                pass
+        left = "an unknown amount" if available is None else as_text(available)
+        why = f"its copy takes {as_text(size)} of host memory, of which {left} is left"
+        self._dropped(SnapshotDropped(step, why))
+        return None
+
+    def _tell_of_cost(self, size: int, available: int | None) -> None:
+        if size <= 1.25 * self._told_bytes:
+            return  # the moments come with the first update; a few bytes more are no news
+        self._told_bytes = size
+        most = self._depth + 1 - len(self._ring)
+        cost = (
+            f"a snapshot takes {as_text(size)} of host memory; depth={self._depth} keeps up to "
+            f"{self._depth + 1} of them, {as_text((self._depth + 1) * size)}"
+        )
+        if available is not None and most * size > available:
+            _log.warning("%s, and %s is left: lower depth", cost, as_text(available))
+        else:
+            _log.info("%s", cost)
+
+    def _forget(self, snapshots: Sequence[Snapshot]) -> None:
+        """Takes snapshots out of the ring; the memory of one is used for the next."""
+        gone = set(map(id, snapshots))
+        for snapshot in snapshots:
+            is_idle = snapshot.filling is None and not snapshot.is_being_saved
+            if is_idle and snapshot.arena is not None:
+                self._spare = snapshot.arena
+        self._ring = [kept for kept in self._ring if id(kept) not in gone]
+
+    # ---- standing
+
+    def _thread(self) -> concurrent.futures.ThreadPoolExecutor:
+        if self._verifier is None:
+            self._verifier = concurrent.futures.ThreadPoolExecutor(1, "foreshock-snapshots")
+        return self._verifier
+
+    def _conclude(self, *, wait: bool) -> None:
+        """Takes in what is found in the copies that have arrived; `wait`: in all."""
+        for snapshot in self.entries:
+            filling = snapshot.filling
+            if filling is not None and (wait or filling.done()):
+                snapshot.filling = snapshot.transfer = None
+                self._take_in(snapshot, filling.result())
+
+    def _take_in(self, snapshot: Snapshot, filling: Filling) -> None:
+        leaves = list(tensors_in(snapshot.saved))
+        dense = [path for path, t in leaves if not t.is_sparse]
+        nonfinite = [dense[i] for i in filling.nonfinite]
+        nonfinite += find_nonfinite({path: t for path, t in leaves if t.is_sparse})
+        bad = self._unmeant(nonfinite)
+        if bad:
+            self._forget([snapshot])
+            self._dropped(SnapshotDropped(snapshot.step, f"{bad[0]} is not finite"))
+            return
+        snapshot.checksum = _with_forms(filling.digest, snapshot.saved)
+        snapshot.standing = Standing.VERIFIED
+        self._promote(snapshot)
 
     def _unmeant(self, nonfinite: list[str]) -> list[str]:
         if self._meant_nonfinite is None:
@@ -149,6 +286,7 @@ class SnapshotRing:
         Args:
             step: which; it says nothing of a snapshot that was taken after it.
         """
+        self._conclude(wait=False)
         for snapshot in self._ring:
             if snapshot.step <= step:
                 snapshot.clean_steps += 1
@@ -156,7 +294,8 @@ class SnapshotRing:
         self._make_room()
 
     def _promote(self, snapshot: Snapshot) -> None:
-        if snapshot.clean_steps >= self._clean_steps:
+        is_verified = snapshot.standing is Standing.VERIFIED
+        if is_verified and snapshot.clean_steps >= self._clean_steps:
             snapshot.standing = Standing.KNOWN_GOOD
 
     def _make_room(self) -> None:
@@ -164,19 +303,22 @@ class SnapshotRing:
         while len(self._ring) > self._depth:
             if not any(kept.standing is Standing.KNOWN_GOOD for kept in self._ring[1:]):
                 return
-            del self._ring[0]
+            self._forget(self._ring[:1])
+
+    # ---- the way back
 
     def newest_good(self, not_after: int) -> Snapshot | None:
         """The newest snapshot of at most this step that is known to be good and unchanged since.
 
         Ones whose checksum no longer fits are dropped on the way.
         """
+        self._conclude(wait=True)
         for snapshot in reversed(self._ring):
             if snapshot.step > not_after or snapshot.standing is not Standing.KNOWN_GOOD:
                 continue
             if checksum(snapshot.saved) == snapshot.checksum:
                 return snapshot
-            self._ring = [kept for kept in self._ring if kept is not snapshot]
+            self._forget([snapshot])
             self._dropped(SnapshotDropped(snapshot.step, "its checksum no longer fits"))
         return None
 
@@ -188,6 +330,11 @@ class SnapshotRing:
             without: parts that are left as they are.
         """
         for name, part in self._parts.items():
-            if name not in without:
+            if name not in without and name in snapshot.saved:
                 part.restore(snapshot.saved[name])
-        self._ring = [kept for kept in self._ring if kept.step <= snapshot.step]
+        self._forget([kept for kept in self._ring if kept.step > snapshot.step])
+
+
+def _wait_and_look_over(transfer: Transfer, arena: Arena) -> Filling:
+    transfer.wait()
+    return arena.look_over()

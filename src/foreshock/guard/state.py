@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 import random
-from collections import defaultdict
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
 from foreshock.guard.containers import copy_out
-from foreshock.host_read import read
 
 
 @runtime_checkable
@@ -27,8 +25,11 @@ class Stateful(Protocol):
 class Part(Protocol):
     """One part of the state."""
 
-    def capture(self) -> Any:
-        """A copy, in host memory, that shares nothing with the live state."""
+    def live(self) -> Any:
+        """What it is now; its tensors may be those of the run itself.
+
+        Cost: no tensor is copied, and no device is waited for.
+        """
         ...
 
     def restore(self, saved: Any) -> None:
@@ -48,6 +49,8 @@ def make_part(owner: Stateful) -> Part:
         )
     if isinstance(owner, torch.optim.Optimizer):
         return OptimizerState(owner)
+    if isinstance(owner, torch.amp.GradScaler):
+        return ScalerPart(owner)
     return StatefulPart(owner)
 
 
@@ -74,8 +77,12 @@ class NamedTensors:
     def __init__(self, get: Callable[[], Mapping[str, torch.Tensor]]) -> None:
         self._get = get
 
+    def live(self) -> Any:
+        return dict(self._get())
+
     def capture(self) -> Any:
-        return copy_out(self._get())
+        """A copy, in host memory."""
+        return copy_out(self.live())
 
     def restore(self, saved: Any) -> None:
         live = self._get()
@@ -100,28 +107,29 @@ class GradientState:
         self.carries_values = False
         """Whether the next capture is in the middle of an accumulation."""
 
-    def capture(self) -> Any:
+    def live(self) -> Any:
         present = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
-        zero = _all_zero(present)
-        saved: dict[str, Any] = {}
-        for name, gradient in present.items():
-            if name in zero:
-                saved[name] = "zero"
-            else:
-                saved[name] = copy_out(gradient) if self.carries_values else "leftover"
-        return saved
+        return {
+            "present": list(present),
+            "has_value": _has_values(list(present.values())),
+            "values": present if self.carries_values else {},
+        }
+
+    def capture(self) -> Any:
+        """A copy, in host memory."""
+        return copy_out(self.live())
 
     def restore(self, saved: Any) -> None:
+        has_value = dict(zip(saved["present"], saved["has_value"].tolist(), strict=True))
         with torch.no_grad():
             for name, p in self._parameters.items():
-                kept = saved.get(name)
-                if kept is None:
+                if name not in has_value:
                     p.grad = None
-                elif isinstance(kept, torch.Tensor):
-                    _restore_gradient(p, kept)
-                elif kept == "zero" and p.grad is not None:
+                elif name in saved["values"]:
+                    _restore_gradient(p, saved["values"][name])
+                elif not has_value[name] and p.grad is not None:
                     p.grad.zero_()
-                elif kept == "zero":
+                elif not has_value[name]:
                     p.grad = torch.zeros_like(p)
 
 
@@ -132,17 +140,13 @@ def _restore_gradient(p: torch.Tensor, kept: torch.Tensor) -> None:
         p.grad.copy_(kept)
 
 
-def _all_zero(gradients: Mapping[str, torch.Tensor]) -> set[str]:
-    """Names of the gradients without a value. One read; one synchronisation per device."""
-    by_device: dict[torch.device, list[str]] = defaultdict(list)
-    for name, gradient in gradients.items():
-        by_device[gradient.device].append(name)
-    zero: set[str] = set()
-    for names in by_device.values():
-        dense = [g._values() if g.is_sparse else g for g in map(gradients.__getitem__, names)]
-        has_value = read(torch.stack([g.any() for g in dense]))
-        zero |= {name for name, has in zip(names, has_value, strict=True) if not has}
-    return zero
+def _has_values(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """(G,) bool: whether each gradient has a value other than 0. One read."""
+    if not gradients:
+        return torch.zeros(0, dtype=torch.bool)
+    device = gradients[0].device
+    dense = [g._values() if g.is_sparse else g for g in gradients]
+    return torch.stack([g.any().to(device, non_blocking=True) for g in dense])
 
 
 class OptimizerState:
@@ -156,35 +160,51 @@ class OptimizerState:
         self._optimizer = optimizer
 
     def _parameters(self) -> list[torch.Tensor]:
-        return [p for group in self._optimizer.param_groups for p in group["params"]]
+        return [p for p, _ in self._owners()]
 
-    def capture(self) -> Any:
+    def _owners(self) -> list[tuple[torch.Tensor, dict[str, Any]]]:
+        return [(p, group) for group in self._optimizer.param_groups for p in group["params"]]
+
+    def live(self) -> Any:
         state = self._optimizer.state
         return {
             "groups": [
-                copy_out({k: v for k, v in group.items() if k != "params"})
+                {k: v for k, v in group.items() if k != "params"}
                 for group in self._optimizer.param_groups
             ],
-            "state": [copy_out(state[p]) if p in state else None for p in self._parameters()],
+            "state": [state.get(p) for p in self._parameters()],
         }
+
+    def capture(self) -> Any:
+        """A copy, in host memory."""
+        return copy_out(self.live())
 
     def restore(self, saved: Any) -> None:
         with torch.no_grad():
             # Not strict: a group that was added since then stays.
             for group, kept in zip(self._optimizer.param_groups, saved["groups"], strict=False):
                 _restore_into(group, kept, keep=("params",))
-            for p, kept in zip(self._parameters(), saved["state"], strict=False):
+            for (p, group), kept in zip(self._owners(), saved["state"], strict=False):
                 if kept is None:
                     self._optimizer.state.pop(p, None)
                 else:
-                    _restore_into(self._optimizer.state[p], kept, device=p.device)
+                    like = _MomentLike(p, bool(group.get("capturable") or group.get("fused")))
+                    _restore_into(self._optimizer.state[p], kept, like=like)
+
+
+class _MomentLike(NamedTuple):
+    """What an optimizer would make state for."""
+
+    parameter: torch.Tensor
+    counts_on_device: bool
+    """Whether step counts are where the parameter is, not on the host."""
 
 
 def _restore_into(
     live: dict[str, Any],
     saved: dict[str, Any],
     keep: tuple[str, ...] = (),
-    device: torch.device | None = None,
+    like: _MomentLike | None = None,
 ) -> None:
     for key in [k for k in live if k not in saved and k not in keep]:
         del live[key]
@@ -193,7 +213,7 @@ def _restore_into(
         if isinstance(value, torch.Tensor) and isinstance(now, torch.Tensor):
             _copy_into(now, value)
         else:
-            live[key] = _copy_to(value, device)
+            live[key] = _made_anew(value, like)
 
 
 def _copy_into(live: torch.Tensor, kept: torch.Tensor) -> None:
@@ -204,21 +224,35 @@ def _copy_into(live: torch.Tensor, kept: torch.Tensor) -> None:
         live.data = kept.to(live.device, copy=True)
 
 
-def _copy_to(value: Any, device: torch.device | None) -> Any:
-    """Deep copy, of tensors on the device; but most optimizers keep step counts on the host."""
+def _made_anew(value: Any, like: _MomentLike | None) -> Any:
+    """Deep copy, tensors where and how an optimizer would have made them."""
     if isinstance(value, torch.Tensor):
-        return value.clone() if value.dim() == 0 else value.to(device, copy=True)
+        return value.clone() if like is None else _tensor_made_anew(value, like)
     if type(value) in (list, tuple):
-        return type(value)(_copy_to(item, device) for item in value)
+        return type(value)(_made_anew(item, like) for item in value)
     if type(value) is dict:
-        return {key: _copy_to(item, device) for key, item in value.items()}
+        return {key: _made_anew(item, like) for key, item in value.items()}
     return copy.deepcopy(value)
+
+
+def _tensor_made_anew(value: torch.Tensor, like: _MomentLike) -> torch.Tensor:
+    p = like.parameter
+    if value.dim() == 0 and not like.counts_on_device:
+        return value.clone()
+    if value.shape != p.shape:
+        return value.to(p.device, copy=True)
+    # In the parameter's own order of memory: fused kernels walk through both at once.
+    return torch.empty_like(p, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 class RandomState:
     """The generators of Python, NumPy and torch, on the host and on every CUDA device in use."""
 
+    def live(self) -> Any:
+        return self.capture()
+
     def capture(self) -> Any:
+        """A copy, in host memory."""
         return {
             "python": random.getstate(),
             "numpy": np.random.get_state(),
@@ -229,9 +263,11 @@ class RandomState:
     def restore(self, saved: Any) -> None:
         random.setstate(saved["python"])
         np.random.set_state(saved["numpy"])
-        torch.set_rng_state(saved["torch"])
-        if saved["cuda"]:
-            torch.cuda.set_rng_state_all(saved["cuda"])
+        # Generators read words of eight bytes, which memory shared with others need not begin at.
+        torch.set_rng_state(saved["torch"].clone())
+        # Not strict: a run may be taken up on a machine with fewer devices.
+        for i, state in enumerate(saved["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(state.clone(), i)
 
 
 class StatefulPart:
@@ -244,8 +280,47 @@ class StatefulPart:
     def __init__(self, owner: Stateful) -> None:
         self._owner = owner
 
+    def live(self) -> Any:
+        return self._owner.state_dict()
+
     def capture(self) -> Any:
-        return copy_out(self._owner.state_dict())
+        """A copy, in host memory."""
+        return copy_out(self.live())
 
     def restore(self, saved: Any) -> None:
         self._owner.load_state_dict(copy_out(saved))
+
+
+class ScalerPart:
+    """A GradScaler, whose `state_dict` would wait for the device.
+
+    Args:
+        scaler: as registered.
+    """
+
+    def __init__(self, scaler: torch.amp.GradScaler) -> None:
+        self._scaler = scaler
+
+    def live(self) -> Any:
+        scaler = self._scaler
+        if scaler._scale is None or scaler._growth_tracker is None:
+            return scaler.state_dict()  # not on a device yet
+        return {
+            "scale": scaler._scale,
+            "growth_factor": scaler.get_growth_factor(),
+            "backoff_factor": scaler.get_backoff_factor(),
+            "growth_interval": scaler.get_growth_interval(),
+            "_growth_tracker": scaler._growth_tracker,
+        }
+
+    def capture(self) -> Any:
+        """A copy, in host memory."""
+        return copy_out(self.live())
+
+    def restore(self, saved: Any) -> None:
+        if saved:
+            numbers = {
+                key: value.item() if isinstance(value, torch.Tensor) else value
+                for key, value in saved.items()
+            }
+            self._scaler.load_state_dict(numbers)

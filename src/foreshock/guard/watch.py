@@ -6,7 +6,8 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,6 +31,7 @@ from foreshock.guard.events import (
     Offender,
     Reason,
     Recovered,
+    Resumed,
     RolledBack,
     UpdateSkipped,
     Verdict,
@@ -41,6 +43,8 @@ from foreshock.guard.policy import Policy, Signs
 from foreshock.guard.snapshots import Snapshot
 from foreshock.guard.spikes import SpikeDetector
 from foreshock.guard.state import Stateful, named_parameters
+from foreshock.guard.state_seal import StateSeal
+from foreshock.host_read import read
 
 _log = logging.getLogger("foreshock")
 
@@ -56,6 +60,8 @@ class _Step:
     verdict: Verdict | None = None
     has_scores: bool = False
     """Whether its loss has been held against those before."""
+    has_changed_state: bool | None = None
+    """Whether bits of the state have flipped since the last update; None: not looked at yet."""
     is_recorded: bool = False
     was_updated: bool = False
     was_withheld: bool = False
@@ -110,10 +116,16 @@ class Watch:
         self._guard = guard
         self._record = record
         self._policy = Policy(guard)
+        self._seal = StateSeal(parameters, optimizer) if guard.verify_state else None
         self.learning_rate = LearningRateBackoff(guard.lr_backoff, guard.lr_recovery_steps)
         self._spikes = SpikeDetector(guard)
         state = {**state, "spikes": self._make_spikes()}
-        self.history = History(model, optimizer, state, guard, record)
+        run: dict[str, Stateful] = {
+            "policy": self._policy,
+            "learning_rate": self.learning_rate,
+            "course": self,
+        }
+        self.history = History(model, optimizer, state, guard, record, run)
         inspectors = (self._weights, self._gradients)
         self.autopsies = Autopsies(model, parameters, *inspectors, record)
         self.step = 0
@@ -144,6 +156,41 @@ class Watch:
         """How far the numbers of the step that was seen last are from those before, by name."""
         return {"loss_z": self._spikes.loss_z, "grad_norm_z": self._spikes.grad_norm_z}
 
+    # ---- another process
+
+    def resume(self, where: Path) -> int | None:
+        """Takes the run up where another process left it.
+
+        Args:
+            where: a snapshot's file, or a directory of them.
+        Returns:
+            The step to go on from; None if there is no snapshot.
+        """
+        found = self.history.find_saved(where)
+        if found is None:
+            return None
+        path, snapshot = found
+        self.history.resume(snapshot, path)
+        self.step = snapshot.step
+        self._record(Resumed(snapshot.step, str(path)))
+        return snapshot.step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run is; only another process takes it over."""
+        return {
+            "last_loss": self.last_loss,
+            "is_within_accumulation": self._is_within_accumulation,
+            "has_been_stepped": self._has_been_stepped,
+            "failed_step": self._failed_step,
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Goes on from there."""
+        self.last_loss = state_dict["last_loss"]
+        self._is_within_accumulation = state_dict["is_within_accumulation"]
+        self._has_been_stepped = state_dict["has_been_stepped"]
+        self._failed_step = state_dict["failed_step"]
+
     # ---- the bounds of a step
 
     def leave_loop(self) -> None:
@@ -162,6 +209,8 @@ class Watch:
         step = self.history.rewind()
         if step is not None:
             self.step = step
+        if self._seal is not None and (step is not None or not self._seal.is_set):
+            self._seal.set()
         is_within = self._is_within_accumulation
         self.history.take_if_due(self.step, is_within_accumulation=is_within)
         self.autopsies.begin(self.step, is_within_accumulation=is_within)
@@ -189,7 +238,7 @@ class Watch:
     def _note_clean_step(self, step: int, was_stepped: bool) -> None:
         if was_stepped or not self._has_been_stepped:
             # A step within a gradient accumulation proves nothing of the optimizer's state.
-            self.history.ring.note_clean_step(step)
+            self.history.note_clean_step(step)
         self.history.is_requested |= self._wants_snapshot
         self._wants_snapshot = False
         self._note_passed(step)
@@ -268,11 +317,20 @@ class Watch:
                 now.has_scores = True
                 spikes = self._to_be_acted_on(self.step, self._spikes.update(loss, finding.norm))
         has_bad_gradient = self._is_gradient_bad(finding)
-        signs = Signs(loss, has_bad_gradient, has_bad_weights, is_unstable, spikes)
+        has_changed = self._has_state_changed()
+        signs = Signs(loss, has_bad_gradient, has_bad_weights, is_unstable, has_changed, spikes)
         verdict = self._decide(signs)
         if verdict.action is Action.CONTINUE and loss is not None:
             self.last_loss = loss
         return verdict
+
+    def _has_state_changed(self) -> bool:
+        """Between two updates nothing may change in parameters and optimizer state."""
+        now, seal = self._current, self._seal
+        may_look = seal is not None and seal.is_set and not now.was_updated
+        if seal is not None and may_look and now.has_changed_state is None:
+            now.has_changed_state = bool(read(seal.differs()))
+        return bool(now.has_changed_state)
 
     def _is_gradient_bad(self, finding: Finding) -> bool:
         """Not while a registered GradScaler is looking for its scale: it withholds such updates
@@ -291,7 +349,10 @@ class Watch:
 
     def _decide(self, signs: Signs) -> Verdict:
         inspected = self._weights if signs.has_nonfinite_weights else self._gradients
-        verdict = self._verdict_on(self.step, signs, inspected.find_offender)
+        find_offender = inspected.find_offender
+        if signs.has_changed_state and self._seal is not None and not signs.has_nonfinite_weights:
+            find_offender = self._seal.find_changed
+        verdict = self._verdict_on(self.step, signs, find_offender)
         self._current.verdict = verdict
         self._current.is_recorded = False
         self._act(verdict)
@@ -339,6 +400,8 @@ class Watch:
         assert self._good is not None  # the policy has asked
         snapshot, self._good = self._good, None
         self.history.return_to(snapshot, fetched_since=self.step - verdict.step)
+        if self._seal is not None:
+            self._seal.set()
         factor = self.learning_rate.back_off()
         self._failed_step = max(verdict.step, self._failed_step or 0)
         seen = (verdict.reasons, verdict.offender)
@@ -392,6 +455,9 @@ class Watch:
         is_finite = not self._known_finding().has_nonfinite
         if not is_finite and now.verdict is not None:
             self._judge(None)  # the gradients have changed since the verdict
+        elif now.verdict is None and is_finite and self._has_state_changed():
+            self._decide(Signs(has_changed_state=True))
+            return False
         return is_finite
 
     def _warn_of_closure(self) -> None:
@@ -409,6 +475,8 @@ class Watch:
         now = self._current
         if was_admitted:
             now.was_updated = True
+            if self._seal is not None:
+                self._seal.set()
         else:
             now.was_withheld = True
             self._record_skip()
@@ -419,6 +487,7 @@ class Watch:
         """The optimizer is about to be called; the training loop may clear the gradients next."""
         if self._current.verdict is None:
             self._known_finding()
+            self._has_state_changed()
 
     # ---- the gradients
 

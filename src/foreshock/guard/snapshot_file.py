@@ -1,0 +1,277 @@
+"""A snapshot in one file: its tensors as safetensors, all else as JSON in the header."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import os
+import secrets
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import xxhash
+
+from foreshock.guard.arena import in_memory_order
+from foreshock.records.posix_file import sync_descriptor, sync_directory
+
+_FORMAT = "foreshock snapshot 1"
+_DTYPES: dict[torch.dtype, str] = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_NUMBERS_WITHOUT_JSON = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+_WRITE_BYTES = 8 << 20
+
+
+class NotStorable(TypeError):
+    """Something in the state that no JSON and no tensor can stand for."""
+
+
+class DamagedFile(ValueError):
+    """A file that is no snapshot, or no longer the one that was written."""
+
+
+class Content(NamedTuple):
+    """What a file holds."""
+
+    step: int
+    tree: dict[str, Any]
+
+
+def write(path: Path, content: Content) -> int:
+    """Writes a file that is there as a whole or not at all, even if the process is killed.
+
+    Args:
+        path: replaced if it exists.
+        content: numbers, texts, tensors in host memory and NumPy arrays, in dictionaries, lists and
+            tuples.
+    Returns:
+        Its size in bytes.
+    Raises:
+        NotStorable: naming the place, what stands there and what may.
+        OSError: the file cannot be written.
+    Cost:
+        One read of the tensors for the checksum and one for the file; the interpreter is free for
+        other threads meanwhile.
+    """
+    encoder = _Encoder()
+    tree = encoder.encode(content.tree, "")
+    tensors = encoder.tensors
+    names = list(tensors)
+    order = [names[i] for i in in_memory_order(list(tensors.values()))]
+    state = {"step": content.step, "order": order, "tree": tree}
+    text = json.dumps(state, allow_nan=False, separators=(",", ":"))
+    pages = [memoryview(_bytes_of(tensors[name])) for name in order]
+    header: dict[str, Any] = {
+        "__metadata__": {"format": _FORMAT, "checksum": _checksum(text, pages), "state": text}
+    }
+    begin = 0
+    for name, page in zip(order, pages, strict=True):
+        dtype, shape = _form(tensors[name])
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, begin + len(page)]}
+        begin += len(page)
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    _write_synced(path, [memoryview(len(head).to_bytes(8, "little")), memoryview(head), *pages])
+    return 8 + len(head) + begin
+
+
+def read(path: Path) -> Content:
+    """Reads a file back; nothing in it is ever run.
+
+    Raises:
+        DamagedFile: it was cut short, changed, or is something else.
+        OSError: it cannot be read.
+    """
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise DamagedFile(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
+            state = json.loads(metadata["state"])
+            tensors = {name: file.get_tensor(name).clone() for name in state["order"]}
+        pages = [memoryview(_bytes_of(tensor)) for tensor in tensors.values()]
+        if _checksum(metadata["state"], pages) != metadata["checksum"]:
+            raise DamagedFile("its checksum does not fit")
+        return Content(state["step"], _decode(state["tree"], tensors))
+    except (safetensors.SafetensorError, KeyError, TypeError, IndexError, RecursionError) as error:
+        raise DamagedFile(f"it cannot be read as a snapshot ({error})") from error
+    except ValueError as error:
+        if isinstance(error, DamagedFile):
+            raise
+        raise DamagedFile(f"it cannot be read as a snapshot ({error})") from error
+
+
+def _checksum(text: str, pages: list[memoryview]) -> str:
+    digest = xxhash.xxh3_128(text.encode())
+    for page in pages:
+        digest.update(page)
+    return digest.hexdigest()
+
+
+def _bytes_of(tensor: torch.Tensor) -> Any:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def _form(tensor: torch.Tensor) -> tuple[str, list[int]]:
+    return _DTYPES[tensor.dtype], list(tensor.shape)
+
+
+def _write_synced(path: Path, pages: list[memoryview]) -> None:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            for page in pages:
+                _write_all(descriptor, page)
+            sync_descriptor(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def _write_all(descriptor: int, page: memoryview) -> None:
+    begin = 0
+    while begin < len(page):
+        begin += os.write(descriptor, page[begin : begin + _WRITE_BYTES])
+
+
+# ---- everything that is no tensor
+
+
+class _Encoder:
+    """Turns nested containers into JSON, and keeps the tensors in them by name."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    def encode(self, value: Any, path: str) -> Any:
+        if value is None or type(value) in (bool, int, str):
+            return value
+        if type(value) is float:
+            return value if math.isfinite(value) else {"float": str(value)}
+        if isinstance(value, torch.Tensor):
+            return self._encode_tensor(value, path)
+        if isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:
+            name = self._keep(torch.from_numpy(np.array(value).reshape(-1).view(np.uint8)), path)
+            kind = "array" if isinstance(value, np.ndarray) else "scalar"
+            return {kind: [name, value.dtype.str, list(value.shape)]}
+        if type(value) is bytes:
+            return {"bytes": base64.b64encode(value).decode()}
+        return self._encode_container(value, path)
+
+    def _encode_container(self, value: Any, path: str) -> Any:
+        if type(value) is list:
+            return self._encode_all(value, path)
+        kinds = (name for name, (kind, _) in _CONTAINERS.items() if type(value) is kind)
+        kind = next(kinds, "")
+        if isinstance(value, Mapping) and kind:
+            return {kind: [self._encode_pair(key, value[key], path) for key in value]}
+        if kind:
+            return {kind: self._encode_all(value, path)}
+        raise NotStorable(
+            f"{path.lstrip('.')} is a {type(value).__name__}; accepted: numbers, texts, None, "
+            "tensors, NumPy arrays, and dictionaries, lists, tuples and sets of them"
+        )
+
+    def _encode_all(self, values: Iterable[Any], path: str) -> list[Any]:
+        return [self.encode(item, f"{path}.{i}") for i, item in enumerate(values)]
+
+    def _encode_pair(self, key: Any, item: Any, path: str) -> list[Any]:
+        return [self.encode(key, f"{path} key"), self.encode(item, f"{path}.{key}")]
+
+    def _encode_tensor(self, tensor: torch.Tensor, path: str) -> Any:
+        if tensor.is_sparse:
+            parts = [tensor._indices(), tensor._values()]
+            names = [self._encode_tensor(t, f"{path}.{i}") for i, t in enumerate(parts)]
+            return {"sparse": [*names, list(tensor.shape), tensor.is_coalesced()]}
+        if tensor.dtype in _DTYPES:
+            return {"tensor": self._keep(tensor, path)}
+        name = self._keep(tensor.contiguous().view(-1).view(torch.uint8), path)
+        return {"raw": [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]}
+
+    def _keep(self, tensor: torch.Tensor, path: str) -> str:
+        name = path.lstrip(".") or "tensor"
+        while name in self.tensors or name == "__metadata__":
+            name += "_"
+        self.tensors[name] = tensor
+        return name
+
+
+_CONTAINERS: dict[str, tuple[type, Callable[[Any], Any]]] = {
+    "dict": (dict, dict),
+    "Counter": (Counter, lambda pairs: Counter(dict(pairs))),
+    "OrderedDict": (OrderedDict, OrderedDict),
+    "tuple": (tuple, tuple),
+    "Size": (torch.Size, torch.Size),
+    "set": (set, set),
+    "frozenset": (frozenset, frozenset),
+}
+
+
+def _decode(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_decode(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, given),) = value.items()
+    if kind in _CONTAINERS:
+        return _CONTAINERS[kind][1](_decode(given, tensors))
+    return _DECODERS[kind](given, tensors)
+
+
+_Tensors = Mapping[str, torch.Tensor]
+
+
+def _decode_array(given: Any, tensors: _Tensors) -> np.ndarray[Any, Any]:
+    name, dtype, shape = given
+    found: np.ndarray[Any, Any] = tensors[name].numpy().view(np.dtype(dtype)).reshape(shape)
+    return found
+
+
+def _decode_raw(given: Any, tensors: _Tensors) -> torch.Tensor:
+    name, dtype, shape = given
+    found = getattr(torch, dtype)
+    if not isinstance(found, torch.dtype):
+        raise DamagedFile(f"{dtype!r} is no type of tensor")
+    return tensors[name].view(found).view(shape)
+
+
+def _decode_sparse(given: Any, tensors: _Tensors) -> torch.Tensor:
+    indices, values, shape, is_coalesced = given
+    made = torch.sparse_coo_tensor(
+        _decode(indices, tensors), _decode(values, tensors), shape, check_invariants=True
+    )
+    return made.coalesce() if is_coalesced else made
+
+
+_DECODERS: dict[str, Callable[[Any, _Tensors], Any]] = {
+    "float": lambda given, _: _NUMBERS_WITHOUT_JSON[given],
+    "bytes": lambda given, _: base64.b64decode(given),
+    "tensor": lambda given, tensors: tensors[given],
+    "array": _decode_array,
+    "scalar": lambda given, tensors: _decode_array(given, tensors)[()],
+    "raw": _decode_raw,
+    "sparse": _decode_sparse,
+}

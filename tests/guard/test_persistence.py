@@ -1,0 +1,149 @@
+"""Snapshots that are written beside the training, as fast as the disk can."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from foreshock.guard import SnapshotDropped, SnapshotNotSaved, SnapshotSaved
+from foreshock.guard.persistence import Saver, SnapshotFolder, find_newest
+from foreshock.guard.snapshot_file import DamagedFile
+from foreshock.guard.snapshots import Snapshot, checksum
+
+
+def snapshot_at(step: int) -> Snapshot:
+    saved = {"parameters": {"w": torch.full((8,), float(step))}}
+    return Snapshot(step, saved, checksum=checksum(saved), place={"loop": 1, "source": None})
+
+
+def save_all(saver: Saver, *steps: int) -> list[Any]:
+    for step in steps:
+        saver.save(snapshot_at(step))
+        saver.wait()
+    return saver.events()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> SnapshotFolder:
+    return SnapshotFolder(tmp_path / "snapshots")
+
+
+def test_the_newest_are_kept_and_the_older_removed_only_then(folder: SnapshotFolder) -> None:
+    saver = Saver(folder, 2)
+    events = save_all(saver, 0, 10, 20, 1_000_000_000_000)
+    assert folder.steps() == [20, 1_000_000_000_000]
+    assert [type(event) for event in events] == [SnapshotSaved] * 4
+    assert events[1].path == str(folder.file(10))
+    assert saver.close()
+
+
+def test_what_is_not_a_snapshot_is_left_alone(folder: SnapshotFolder) -> None:
+    folder.path.mkdir()
+    for name in ("notes.txt", "step_12.safetensors", "step_000000003.safetensors.bak"):
+        (folder.path / name).write_text("")
+    (folder.path / ".step_000000004.safetensors.abc.tmp").write_text("half")
+    saver = Saver(folder, 1)
+    save_all(saver, 5, 6)
+    assert folder.steps() == [6]
+    assert sorted(p.name for p in folder.path.iterdir()) == [
+        "notes.txt", "step_000000003.safetensors.bak", "step_000000006.safetensors",
+        "step_12.safetensors",
+    ]  # fmt: skip
+    saver.close()
+
+
+def test_a_disk_that_is_too_slow_costs_snapshots_and_not_time_or_memory(
+    folder: SnapshotFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, begun = threading.Event(), threading.Event()
+    real = SnapshotFolder.write
+
+    def slow(self: SnapshotFolder, content: Any) -> int:
+        begun.set()
+        assert go_on.wait(10)
+        return real(self, content)
+
+    monkeypatch.setattr(SnapshotFolder, "write", slow)
+    saver = Saver(folder, 9)
+    given = [snapshot_at(step) for step in range(5)]
+    saver.save(given[0])
+    assert begun.wait(10)
+    for snapshot in given[1:]:
+        saver.save(snapshot)
+    assert [s.is_being_saved for s in given] == [True, False, False, False, True]
+    go_on.set()
+    saver.wait()
+    assert not any(s.is_being_saved for s in given)
+    assert folder.steps() == [0, 4]
+    why = "the one after it came before the disk was ready"
+    assert [e for e in saver.events() if isinstance(e, SnapshotNotSaved)] == [
+        SnapshotNotSaved(step, why) for step in (1, 2, 3)
+    ]
+    saver.close()
+
+
+def test_a_snapshot_that_has_changed_in_memory_never_gets_to_the_disk(
+    folder: SnapshotFolder,
+) -> None:
+    saver, bad = Saver(folder, 3), snapshot_at(4)
+    bad.saved["parameters"]["w"].view(torch.int32)[3] ^= 1 << 20
+    saver.save(bad)
+    saver.wait()
+    assert saver.events() == [SnapshotNotSaved(4, "its checksum no longer fits")]
+    assert folder.steps() == []
+    saver.close()
+
+
+def test_what_a_rollback_has_undone_is_removed(folder: SnapshotFolder) -> None:
+    saver = Saver(folder, 9)
+    save_all(saver, 0, 10, 20, 30)
+    saver.forget_after(10)
+    saver.wait()
+    assert folder.steps() == [0, 10]
+    saver.close()
+
+
+def test_closing_waits_for_what_is_still_to_be_written(folder: SnapshotFolder) -> None:
+    saver = Saver(folder, 9)
+    saver.save(snapshot_at(3))
+    assert saver.close()
+    assert folder.steps() == [3]
+    assert Saver(folder, 1).close()  # that had nothing to do
+
+
+# ---- finding
+
+
+def test_the_newest_that_is_whole_is_found_and_the_others_told_of(folder: SnapshotFolder) -> None:
+    saver = Saver(folder, 9)
+    save_all(saver, 0, 10, 20)
+    saver.close()
+    folder.file(20).write_bytes(b"not much")
+    told: list[SnapshotDropped] = []
+    found = find_newest(folder.path, told.append)
+    assert found is not None
+    path, snapshot = found
+    assert (path, snapshot.step) == (folder.file(10), 10)
+    assert snapshot.saved["parameters"]["w"][0] == 10
+    assert [event.step for event in told] == [20]
+    assert str(folder.file(20)) in told[0].why
+
+
+def test_there_may_be_none(folder: SnapshotFolder) -> None:
+    assert find_newest(folder.path, print) is None
+    folder.path.mkdir()
+    assert find_newest(folder.path, print) is None
+
+
+def test_a_file_that_was_asked_for_by_name_is_not_passed_over(folder: SnapshotFolder) -> None:
+    saver = Saver(folder, 9)
+    save_all(saver, 0, 10)
+    saver.close()
+    assert find_newest(folder.file(0), print)[1].step == 0  # type: ignore[index]
+    folder.file(10).write_bytes(b"")
+    with pytest.raises(DamagedFile):
+        find_newest(folder.file(10), print)
