@@ -56,6 +56,7 @@ class EmpiricalPercentileCalibrator:
             _check_quantile(q, "quantiles")
         self._sorted: list[float] = []
         self._on_devices: dict[torch.device, Tensor] = {}
+        self._thresholds: dict[float, float] = {}
 
     @property
     def quantiles(self) -> tuple[float, ...]:
@@ -88,6 +89,7 @@ class EmpiricalPercentileCalibrator:
             _check_count(len(given), q)
         self._sorted = given.sort().values.tolist()
         self._on_devices = {}
+        self._thresholds = {}
         return self
 
     def threshold(self, q: float | None = None) -> float:
@@ -101,10 +103,12 @@ class EmpiricalPercentileCalibrator:
         """
         self._check_is_fitted()
         q = self._quantiles[0] if q is None else float(q)
-        _check_quantile(q, "q")
-        _check_count(len(self._sorted), q)
-        rank = math.ceil((len(self._sorted) + 1) * Fraction(str(q)))
-        return self._sorted[rank - 1]
+        if q not in self._thresholds:
+            _check_quantile(q, "q")
+            _check_count(len(self._sorted), q)
+            rank = math.ceil((len(self._sorted) + 1) * Fraction(str(q)))
+            self._thresholds[q] = self._sorted[rank - 1]
+        return self._thresholds[q]
 
     def is_ood(self, x: Scores, q: float | None = None) -> Tensor:
         """bool, of the shape of x: whether x lies above `threshold(q)`, or is NaN."""

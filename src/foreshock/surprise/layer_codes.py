@@ -73,22 +73,22 @@ class LayerCodes(nn.Module):
             One matrix product (N, D) @ (D, E) and one `soft_assign`; nothing waits for a device.
         """
         self._check(rows)
-        with torch.autocast(rows.device.type, enabled=False):
-            z = (rows - self.mean) @ self.projection
+        z = self._whitened(rows)
         code = soft_assign(z, self.centers, temperature=_TEMPERATURE)
         parts = (code.distance, code.length, code.entropy)
         if rows.dim() == 2:
             return LayerComponents(*parts)
         return LayerComponents(*(over_positions(part, mask, reduction) for part in parts))
 
+    def _whitened(self, rows: Tensor) -> Tensor:
+        if not torch.is_autocast_enabled(rows.device.type):
+            return (rows - self.mean) @ self.projection
+        with torch.autocast(rows.device.type, enabled=False):
+            return (rows - self.mean) @ self.projection
+
     def tensors(self) -> dict[str, Tensor]:
         """The buffers by the names that the constructor has for them."""
         return {name: getattr(self, name) for name in BUFFERS}
-
-    def standardise(self, distance: Tensor) -> Tensor:
-        """Standard deviations above the mean of normal data; NaN for a distance not finite."""
-        z = (distance - self.location) / self.spread
-        return z.where(distance.isfinite(), torch.nan)
 
     def _check(self, rows: Tensor) -> None:
         features = len(self.mean)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from foreshock.surprise import probe_file
@@ -192,9 +193,14 @@ class Watch:
 def standardised(
     codes: list[LayerCodes], components: Mapping[str, LayerComponents]
 ) -> dict[str, Tensor]:
-    """By layer, (N,) on the device of the first: what is aggregated."""
+    """By layer, (N,) on the device of the first: what is aggregated; NaN where D is not finite."""
     device = codes[0].mean.device
-    return {c.name: c.standardise(components[c.name].distance).to(device) for c in codes}
+    distance_LN = torch.stack([components[c.name].distance.to(device) for c in codes])
+    location_L = torch.stack([c.location.to(device) for c in codes])
+    spread_L = torch.stack([c.spread.to(device) for c in codes])
+    z_LN = (distance_LN - location_L[:, None]) / spread_L[:, None]
+    z_LN = z_LN.where(distance_LN.isfinite(), torch.nan)
+    return dict(zip([c.name for c in codes], z_LN.unbind(), strict=True))
 
 
 def _modules_of(model: nn.Module, codes: list[LayerCodes]) -> dict[str, nn.Module]:

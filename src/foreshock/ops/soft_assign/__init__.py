@@ -92,7 +92,7 @@ def soft_assign(
     ):
         _check_number(beta, name, "a finite number", True)
     shape = x.shape[:-1]
-    x_ND = x.reshape(-1, x.shape[-1])
+    x_ND = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     is_differentiable = torch.is_grad_enabled() and (x.requires_grad or centers.requires_grad)
     if is_differentiable or torch.compiler.is_compiling():
         *scalars, best = torch.ops.foreshock.soft_assign(
@@ -100,8 +100,12 @@ def soft_assign(
         )
     else:
         best, *scalars = register.forward(x_ND, centers, float(temperature), float(eps))
-    best_index, distance, length, entropy = (part.view(shape) for part in (best, *scalars[:3]))
-    surprise = beta_length * length + beta_entropy * entropy
+    parts = (best, *scalars[:3])
+    if x.dim() != 2:
+        parts = tuple([part.view(shape) for part in parts])
+    best_index, distance, length, entropy = parts
+    weighted = length if beta_length == 1 else beta_length * length
+    surprise = weighted + (entropy if beta_entropy == 1 else beta_entropy * entropy)
     if beta_distance != 0:
         surprise = surprise + beta_distance * distance.log1p()
     probs = None
