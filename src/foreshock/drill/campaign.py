@@ -14,7 +14,7 @@ from foreshock.drill.peer_rules import PEER_RULES
 from foreshock.drill.rehearsal import Rehearsal
 from foreshock.drill.rules import OWN_RULES
 from foreshock.drill.scenarios import SCENARIOS, WINDOW, Scenario, Variant
-from foreshock.drill.scoring import Case, Health, case_of, health_of, standing
+from foreshock.drill.scoring import Case, Health, case_of, health_of, watch
 from foreshock.drill.subjects import SUBJECTS, Subject, SubjectName
 
 RULES = [*OWN_RULES, *PEER_RULES]
@@ -35,7 +35,7 @@ class DrillOptions:
 
     scenarios: tuple[str, ...] = tuple(SCENARIOS)
     subjects: tuple[SubjectName, ...] = tuple(SUBJECTS)
-    seeds: int = 8
+    seeds: int = 6
     first_seed: int = 0
     fault_step: int = 400
     healthy_steps: int | None = None
@@ -97,15 +97,15 @@ def run_struck(
     """Trains with the fault, from where the healthy twin stood before it.
 
     Returns:
-        The trace from the first step on, and the step of the fault.
+        The trace from the fault on, and the step of the fault.
     """
     start = 0 if scenario.is_from_start else fault_step
     if scenario.is_from_start:
-        rehearsal = Rehearsal(rehearsal.subject, seed, scenario.variant)
+        rehearsal = Rehearsal(rehearsal.trainee.subject, seed, scenario.variant)
     else:
         rehearsal.load_state(twin.state)
-    rehearsal.reseed(scenario.name, seed)
-    return [*twin.trace[:start], *rehearsal.run(WINDOW, scenario, start)], start
+    rehearsal.trainee.reseed(scenario.name, seed)
+    return list(rehearsal.run(WINDOW, scenario, start)), start
 
 
 def run_drill(
@@ -162,12 +162,12 @@ def drill_one(
         rehearsal = Rehearsal(subject, seed, variant)
         twin = run_twin(rehearsal, steps, options.fault_step)
         rules = [entry for entry in RULES if _applies(entry.name, subject)]
-        stands = {entry.name: standing(entry, twin.trace) for entry in rules}
-        healths += [health_of(e, subject, variant, seed, stands[e.name]) for e in rules]
+        watching = [watch(entry, twin.trace, options.fault_step) for entry in rules]
+        healths += [health_of(w, subject, variant, seed) for w in watching]
         for scenario in scenarios:
-            trace, start = run_struck(rehearsal, scenario, seed, twin, options.fault_step)
-            of = (scenario, subject, seed, trace, twin.trace)
-            cases += [case_of(entry, *of, stands[entry.name], start) for entry in rules]
+            struck, start = run_struck(rehearsal, scenario, seed, twin, options.fault_step)
+            of = (scenario, subject, seed, struck, twin.trace, start)
+            cases += [case_of(w, *of) for w in watching]
     return cases, healths
 
 

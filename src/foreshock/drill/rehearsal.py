@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,24 +17,22 @@ from torch import Tensor, nn
 
 from foreshock.drill.observation import Observation
 from foreshock.drill.scenarios import Scenario, Variant
-from foreshock.drill.subjects import MAX_NORM, Batch, Subject, Training
-from foreshock.drill.text import random_word
+from foreshock.drill.subjects import MAX_NORM, Subject, Training
+from foreshock.drill.trainee import Trainee
 from foreshock.guard import Guard, StepGate, Watch
 from foreshock.guard.snapshots import checksum
 from foreshock.ops import PowerIterator, health_scan
 from foreshock.signals import SpectralTracker, second_moment_rms, weight_decays
 
-_FIRST_SCALE = 2.0**10
 _RESTARTED_PASSES = 10
 _MONITOR_INTERVAL = 50
 _KAPPA, _RANK = 2, 3  # columns of SpectralStats.packed
 
 
 class Rehearsal:
-    """A training, the guard in observe mode, and everything that a rule may want to know.
+    """A trainee, the guard in observe mode, and everything that a rule may want to know.
 
-    Two ranks are simulated in one process: two replicas, each with half of the batch, whose
-    gradients are averaged. What is observed is the first one's, but for the comparison.
+    What is observed is the first rank's, but for the comparison of the ranks.
 
     Args:
         subject: what is trained.
@@ -44,24 +41,21 @@ class Rehearsal:
     """
 
     def __init__(self, subject: Subject, seed: int, variant: Variant = "plain") -> None:
-        self.subject = subject
-        self.replicas: list[Training] = [
-            subject.build(seed) for _ in range(2 if variant == "replicated" else 1)
-        ]
-        first = self.replicas[0]
-        self.model, self.optimizer = first.model, first.optimizer
-        self.scaler = _scaler() if variant == "scaled" else None
+        self.trainee = Trainee(subject, seed, variant)
+        self.model, self.optimizer = self.trainee.model, self.trainee.optimizer
         self.step = 0
-        self.random = torch.Generator().manual_seed(seed)
-        self.batch: Batch = first.batch_at(0)
-        self._guards = [self._guard(training) for training in self.replicas]
+        self._guards = self._guard_all()
         self._modules = _ModuleOutputs(self.model)
         self._attention = _AttentionLogits(self.model, subject.attention_modules)
         self._spectra = _Spectra(self.model, self.optimizer, seed)
-        self._altering: list[torch.utils.hooks.RemovableHandle] = []
+
+    def _guard_all(self) -> list[tuple[Watch, StepGate]]:
+        """A guard for each rank."""
+        return [self._guard(training) for training in self.trainee.replicas]
 
     def _guard(self, training: Training) -> tuple[Watch, StepGate]:
-        state: dict[str, Any] = {} if self.scaler is None else {"scaler": self.scaler}
+        scaler = self.trainee.scaler
+        state: dict[str, Any] = {} if scaler is None else {"scaler": scaler}
         observing = Guard(mode="observe")
         watch = Watch(training.model, training.optimizer, state, observing, lambda event: None)
 
@@ -73,33 +67,6 @@ class Rehearsal:
             training.optimizer, watch.learning_rate, watch.scaled, admits, watch.note_call
         )
         return watch, gate
-
-    # ---- what faults take hold of
-
-    def parameter(self, name: str) -> nn.Parameter:
-        """Of the first rank."""
-        return self.model.get_parameter(name)
-
-    def moment(self, parameter: str, name: str) -> Tensor:
-        """An entry of the optimizer's state on the first rank."""
-        moment: Tensor = self.optimizer.state[self.parameter(parameter)][name]
-        return moment
-
-    def alter_output(self, module: str, alter: Callable[[Tensor], Tensor]) -> None:
-        """In this step, `module` returns alter(output) instead."""
-        owner = self.model.get_submodule(module)
-        handle = owner.register_forward_hook(lambda _, __, output: alter(output), prepend=True)
-        self._altering.append(handle)
-
-    def alter_input(self, alter: Callable[[Tensor], Tensor]) -> None:
-        """In this step, the model is given alter(input) instead."""
-        if self.subject.input_module is not None:
-            self.alter_output(self.subject.input_module, alter)
-        else:
-            x, y = self.batch
-            self.batch = alter(x), y
-
-    # ---- the step
 
     def run(
         self, num_steps: int, scenario: Scenario | None = None, start: int = 0
@@ -116,57 +83,19 @@ class Rehearsal:
             is_struck = scenario is not None and 0 <= age < scenario.duration
             yield self._run_step(scenario if is_struck else None, age)
 
-    def reseed(self, scenario: str, seed: int) -> None:
-        """What a fault draws from now on depends on these two alone."""
-        self.random.manual_seed(random_word(seed, zlib.crc32(scenario.encode())) % 2**63)
-
     def _run_step(self, scenario: Scenario | None, age: int) -> Observation:
-        self.batch = self.replicas[0].batch_at(self.step)
-        self._inject("before_forward", scenario, age)
-        loss = self._train_step(scenario, age)
+        batch = self.trainee.batch_at(self.step)
+        loss = float(self.trainee.take_gradients(batch, scenario, age))
         seen = self._observe(loss)
-        self._update(loss)
-        for handle in self._altering:
-            handle.remove()
-        self._altering.clear()
-        self.step += 1
-        return seen
-
-    def _inject(self, when: str, scenario: Scenario | None, age: int) -> None:
-        if scenario is not None and scenario.when == when:
-            scenario.inject(self, age)
-
-    def _train_step(self, scenario: Scenario | None, age: int) -> float:
-        """Forward and backward on every rank; the gradients are those that the optimizer gets."""
-        x, y = self.batch
-        share = len(x) // len(self.replicas)
-        losses = []
-        for rank, replica in enumerate(self.replicas):
-            rows = slice(rank * share, (rank + 1) * share)
-            replica.optimizer.zero_grad()
-            loss = replica.loss_of(replica.model(x[rows]), y[rows])
-            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-            losses.append(loss.detach())
-        if len(self.replicas) > 1:
-            _average_gradients([r.model for r in self.replicas])
-        self._inject("after_backward", scenario, age)
-        if self.scaler is not None:
-            _round_gradients_to_half(self.model)
-            self.scaler.unscale_(self.optimizer)
-        return float(torch.stack(losses).mean())
-
-    def _update(self, loss: float) -> None:
-        for replica, (watch, _) in zip(self.replicas[1:], self._guards[1:], strict=True):
+        others = zip(self.trainee.replicas[1:], self._guards[1:], strict=True)
+        for replica, (watch, _) in others:
             watch.clip(MAX_NORM, 2.0, False)  # to the last bit as on the first rank
             watch.judge(loss)
             replica.optimizer.step()
             replica.scheduler.step()
-        if self.scaler is None:
-            self.optimizer.step()
-        else:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        self.replicas[0].scheduler.step()
+        self.trainee.update()
+        self.step += 1
+        return seen
 
     # ---- what is seen
 
@@ -202,68 +131,26 @@ class Rehearsal:
         return found
 
     def _do_ranks_agree(self) -> bool:
-        if len(self.replicas) == 1:
+        if len(self.trainee.replicas) == 1:
             return True
-        sums = {checksum(dict(r.model.named_parameters())) for r in self.replicas}
+        sums = {checksum(dict(r.model.named_parameters())) for r in self.trainee.replicas}
         return len(sums) == 1
 
     # ---- there and back
 
     def state(self) -> dict[str, Any]:
-        """A copy of everything that later steps depend on."""
-        owners = [
-            {
-                "model": r.model.state_dict(),
-                "optimizer": r.optimizer.state_dict(),
-                "scheduler": r.scheduler.state_dict(),
-            }
-            for r in self.replicas
-        ]
-        return copy.deepcopy(
-            {
-                "step": self.step,
-                "replicas": owners,
-                "scaler": None if self.scaler is None else self.scaler.state_dict(),
-                "spectra": self._spectra.state_dict(),
-            }
-        )
+        """A copy of everything that later steps and observations depend on."""
+        spectra = copy.deepcopy(self._spectra.state_dict())
+        return {"step": self.step, "trainee": self.trainee.state(), "spectra": spectra}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Goes on from there, bit for bit, with a guard that has seen nothing yet."""
-        state = copy.deepcopy(state)
+        """Goes on from there, bit for bit, with guards that have seen nothing yet."""
         for _, gate in self._guards:
             gate.remove()
-        self._guards = [self._guard(training) for training in self.replicas]
+        self._guards = self._guard_all()
         self.step = state["step"]
-        for replica, saved in zip(self.replicas, state["replicas"], strict=True):
-            replica.model.load_state_dict(saved["model"])
-            replica.optimizer.load_state_dict(saved["optimizer"])
-            replica.scheduler.load_state_dict(saved["scheduler"])
-        if self.scaler is not None:
-            self.scaler.load_state_dict(state["scaler"])
-        self._spectra.load_state_dict(state["spectra"])
-
-
-def _scaler() -> torch.amp.GradScaler:
-    scaler = torch.amp.GradScaler("cpu", init_scale=_FIRST_SCALE, growth_interval=10**9)
-    scaler.scale(torch.zeros(()))  # the scale comes into being with the first use
-    return scaler
-
-
-@torch.no_grad()
-def _average_gradients(models: list[nn.Module]) -> None:
-    for owners in zip(*(model.parameters() for model in models), strict=True):
-        gradients = [p.grad for p in owners if p.grad is not None]
-        mean = torch.stack(gradients).mean(0)
-        for gradient in gradients:
-            gradient.copy_(mean)
-
-
-@torch.no_grad()
-def _round_gradients_to_half(model: nn.Module) -> None:
-    for p in model.parameters():
-        if p.grad is not None:
-            p.grad.copy_(p.grad.half())
+        self.trainee.load_state(state["trainee"])
+        self._spectra.load_state_dict(copy.deepcopy(state["spectra"]))
 
 
 class _ModuleOutputs:

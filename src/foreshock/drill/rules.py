@@ -5,6 +5,7 @@ A rule is a streaming object: what it says of a step depends on the steps before
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -32,7 +33,7 @@ LOGIT_LIMIT = 100.0
 
 
 class Rule(Protocol):
-    """Says of each step whether its alarm stands."""
+    """Says of each step whether its alarm stands. A deep copy goes on by itself."""
 
     def update(self, step: int, seen: Observation) -> bool:
         """Takes in a step; steps come in order, none is left out."""
@@ -68,10 +69,17 @@ class Spike:
 
     def __init__(self, reason: Reason, guard: Guard | None = None) -> None:
         self._reason = reason
-        self._detector = SpikeDetector(guard or Guard())
+        self._guard = guard or Guard()
+        self._detector = SpikeDetector(self._guard)
 
     def update(self, step: int, seen: Observation) -> bool:
         return self._reason in self._detector.update(seen.loss, seen.grad_norm)
+
+    def __deepcopy__(self, memo: object) -> Spike:
+        # The detector's window lives in memory that only it can copy.
+        twin = Spike(self._reason, self._guard)
+        twin._detector.load_state_dict(copy.deepcopy(self._detector.state_dict()))
+        return twin
 
 
 class GuardAtDefaults:
@@ -120,6 +128,14 @@ class SpectralLevel:
         if step % self._interval == 0 or is_restless:
             self._tracker.update(step, seen.kappa, seen.sigma_max, seen.stable_rank)
         return self._tracker.level
+
+    def __deepcopy__(self, memo: object) -> SpectralLevel:
+        twin = SpectralLevel(self._level, self._interval, self._settings)
+        if self._tracker is not None:
+            saved = self._tracker.state_dict()
+            twin._tracker = SpectralTracker(saved["names"], self._settings)
+            twin._tracker.load_state_dict(saved)
+        return twin
 
 
 class Precursor:
@@ -208,7 +224,6 @@ OWN_RULES = [
         lambda: SpectralLevel(RiskLevel.INSTABILITY, interval=50),
     ),
     RuleEntry("spectral INSTABILITY over 0.01", OURS, lambda: _unstable_over(0.01)),
-    RuleEntry("spectral INSTABILITY over 0.03", OURS, lambda: _unstable_over(0.03)),
     RuleEntry("sigma growth", OURS, _slope(lambda seen: seen.sigma_growth)),
     RuleEntry("stable-rank fall", OURS, _slope(lambda seen: seen.stable_rank_fall)),
     RuleEntry("precursor", OURS, Precursor),

@@ -10,7 +10,7 @@ from foreshock.drill import faults
 from foreshock.drill.subjects import Subject, SubjectName
 
 if TYPE_CHECKING:
-    from foreshock.drill.rehearsal import Rehearsal
+    from foreshock.drill.trainee import Trainee
 
 Variant = Literal["plain", "scaled", "replicated"]
 """scaled: gradients as float16 holds them, under a GradScaler. replicated: two simulated ranks."""
@@ -26,7 +26,7 @@ LASTING = WINDOW
 class Scenario:
     """A fault, and how it is put into a training.
 
-    `inject` is called in each of `duration` steps from the fault on, with the rehearsal and the
+    `inject` is called in each of `duration` steps from the fault on, with the trainee and the
     number of steps since: before the forward pass, when the batch is there, or after the backward
     pass, before anybody looks at the gradients.
     """
@@ -34,7 +34,7 @@ class Scenario:
     name: str
     group: Group
     what: str
-    inject: Callable[[Rehearsal, int], None]
+    inject: Callable[[Trainee, int], None]
     when: Literal["before_forward", "after_backward"] = "before_forward"
     duration: int = 1
     is_from_start: bool = False
@@ -62,7 +62,7 @@ class Scenario:
 
 
 def _nonfinite(
-    name: str, what: str, inject: Callable[[Rehearsal, int], None], struck: Struck
+    name: str, what: str, inject: Callable[[Trainee, int], None], struck: Struck
 ) -> Scenario:
     when: Literal["before_forward", "after_backward"] = (
         "after_backward" if struck == "gradient" else "before_forward"

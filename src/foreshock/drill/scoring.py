@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import statistics
 from collections.abc import Iterable, Sequence
 
 from foreshock.drill.observation import Observation
-from foreshock.drill.rules import RuleEntry
+from foreshock.drill.rules import Rule, RuleEntry
 from foreshock.drill.scenarios import WINDOW, Scenario
 from foreshock.drill.subjects import Subject
 
@@ -61,10 +62,32 @@ class Case:
         return self.doubled - self.alarm if both else None  # type: ignore[operator]
 
 
-def standing(entry: RuleEntry, trace: Iterable[Observation]) -> list[bool]:
-    """Whether the rule's alarm stands, step by step."""
-    rule = entry.make()
+@dataclasses.dataclass(frozen=True)
+class Watching:
+    """A rule on a healthy twin, and the rule as it was before the step of the fault."""
+
+    entry: RuleEntry
+    stands: list[bool]
+    """Whether the alarm stands, step by step."""
+    at_fault: Rule
+
+    def of_fault(self, struck: Sequence[Observation], start: int) -> list[bool]:
+        """Whether the alarm stands on a run that is the twin up to `start`, and then `struck`."""
+        rule = copy.deepcopy(self.at_fault) if start else self.entry.make()
+        return [*self.stands[:start], *standing(rule, struck)]
+
+
+def standing(rule: Rule, trace: Iterable[Observation]) -> list[bool]:
+    """Whether the rule's alarm stands, step by step; the rule moves on."""
     return [rule.update(seen.step, seen) for seen in trace]
+
+
+def watch(entry: RuleEntry, twin: Sequence[Observation], fault_step: int) -> Watching:
+    """Runs a rule over a healthy twin."""
+    rule = entry.make()
+    stands = standing(rule, twin[:fault_step])
+    at_fault = copy.deepcopy(rule)
+    return Watching(entry, stands + standing(rule, twin[fault_step:]), at_fault)
 
 
 def raised(stands: Sequence[bool], start: int = 0, end: int | None = None) -> list[int]:
@@ -95,41 +118,41 @@ def doubled_step(
     return None
 
 
-def health_of(
-    entry: RuleEntry, subject: Subject, variant: str, seed: int, stands: Sequence[bool]
-) -> Health:
-    """What the rule did on a healthy run, of which `stands` is its `standing`."""
+def health_of(watching: Watching, subject: Subject, variant: str, seed: int) -> Health:
+    """What the rule did on the healthy run."""
+    rule, stands = watching.entry.name, watching.stands
     alarms = len(raised(stands))
-    return Health(entry.name, subject.name, variant, seed, len(stands), alarms, sum(stands))
+    return Health(rule, subject.name, variant, seed, len(stands), alarms, sum(stands))
 
 
 def case_of(
-    entry: RuleEntry,
+    watching: Watching,
     scenario: Scenario,
     subject: Subject,
     seed: int,
-    trace: Sequence[Observation],
+    struck: Sequence[Observation],
     twin: Sequence[Observation],
-    twin_stands: Sequence[bool],
     start: int,
 ) -> Case:
     """What the rule did on a run with a fault.
 
     Args:
-        trace: of the run, from its first step.
-        twin: of its healthy twin.
-        twin_stands: `standing` of the rule on that.
+        watching: the rule on the healthy twin.
+        struck: the run from the fault on.
+        twin: the healthy twin, from its first step.
         start: step of the fault.
     """
-    window = (start, start + WINDOW)
-    twin_alarms = set(raised(twin_stands, *window))
-    found = [i for i in raised(standing(entry, trace), *window) if i not in twin_alarms]
+    entry, window = watching.entry, (start, start + WINDOW)
+    twin_alarms = set(raised(watching.stands, *window))
+    stands = watching.of_fault(struck, start)
+    found = [i for i in raised(stands, *window) if i not in twin_alarms]
     alarm = found[0] if found else None
     culprits = scenario.culprits(subject)
     named = None
     if alarm is not None and entry.names is not None and culprits:
-        named = entry.names(trace[alarm]) in culprits
-    doubled = doubled_step([s.loss for s in trace], [s.loss for s in twin], start)
+        named = entry.names(struck[alarm - start]) in culprits
+    losses = [seen.loss for seen in (*twin[:start], *struck)]
+    doubled = doubled_step(losses, [seen.loss for seen in twin], start)
     where = (entry.name, scenario.name, subject.name, seed, start)
     return Case(*where, alarm, doubled, named)
 

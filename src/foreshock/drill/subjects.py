@@ -142,7 +142,7 @@ SUBJECTS: dict[SubjectName, Subject] = {
         struck_module="blocks.1.mlp.up",
         input_module="token_embedding",
         attention_modules=("blocks.0.attention", "blocks.1.attention"),
-        healthy_steps=2000,
+        healthy_steps=1500,
     ),
     "mlp": Subject(
         "mlp",
@@ -152,7 +152,7 @@ SUBJECTS: dict[SubjectName, Subject] = {
         struck_module="middle",
         input_module=None,
         attention_modules=(),
-        healthy_steps=5000,
+        healthy_steps=6000,
     ),
 }
 """Both, by name."""
