@@ -15,7 +15,7 @@ from foreshock.drill.rehearsal import Rehearsal
 from foreshock.drill.rules import OWN_RULES
 from foreshock.drill.scenarios import SCENARIOS, WINDOW, Scenario, Variant
 from foreshock.drill.scoring import Case, Health, case_of, health_of, watch
-from foreshock.drill.subjects import SUBJECTS, Subject, SubjectName
+from foreshock.drill.subjects import SUBJECTS, Subject
 
 RULES = [*OWN_RULES, *PEER_RULES]
 """Ours and the peers', in the order of the tables."""
@@ -34,7 +34,7 @@ class DrillOptions:
     """
 
     scenarios: tuple[str, ...] = tuple(SCENARIOS)
-    subjects: tuple[SubjectName, ...] = tuple(SUBJECTS)
+    subjects: tuple[str, ...] = tuple(SUBJECTS)
     seeds: int = 6
     first_seed: int = 0
     fault_step: int = 400
@@ -60,7 +60,7 @@ class DrillOptions:
             )
 
 
-def quick(options: DrillOptions) -> DrillOptions:
+def quickened(options: DrillOptions) -> DrillOptions:
     """One seed and short healthy twins."""
     steps = max(QUICK_HEALTHY_STEPS, options.fault_step + WINDOW)
     return dataclasses.replace(options, seeds=1, healthy_steps=steps)
@@ -120,8 +120,8 @@ def run_drill(
         options: what is drilled.
         show: called with what is being done, how many parts are done, and of how many.
     Cost:
-        Some 10 ms a step on one core. The defaults take about a quarter of an hour, `quick` about
-        a minute.
+        Some 10 ms a step on one core. The defaults take about a quarter of an hour, `quickened`
+        about two minutes.
     """
     begun = time.monotonic()
     cases: list[Case] = []
@@ -183,3 +183,31 @@ def _by_variant(
         fitting = [s for s in chosen if s.variant == variant and subject.name in s.subjects]
         if fitting:
             yield variant, fitting
+
+
+ACTING = ("non-finite scan", "loss threshold")
+"""Rules on which the guard acts by default."""
+
+
+def broken_promises(results: DrillResults) -> list[str]:
+    """What should have held in a drill and did not; empty if all did.
+
+    - A fault that is not finite is found within a step: by the scan of gradients and weights, and
+      if it struck one of them, by its name.
+    - What acts by default has no false alarm.
+    """
+    broken = []
+    for case in results.cases:
+        scenario = SCENARIOS[case.scenario]
+        where = f"{case.scenario} on {case.subject}, seed {case.seed}"
+        if case.rule != "non-finite scan" or scenario.struck is None:
+            continue
+        if case.delay is None or case.delay > 1:
+            broken.append(f"{where} was not found within a step")
+        elif scenario.struck in ("parameter", "gradient") and not case.is_named:
+            broken.append(f"{where} was found under another name")
+    for health in results.healths:
+        if health.rule in ACTING and health.alarms:
+            where = f"{health.subject} ({health.variant}), seed {health.seed}"
+            broken.append(f"{health.rule}: {health.alarms} false alarms on {where}")
+    return broken

@@ -133,7 +133,7 @@ def _build_mlp(seed: int) -> Training:
     return Training(model, optimizer, scheduler, DigitBatches(seed).batch_at, F.cross_entropy)
 
 
-SUBJECTS: dict[SubjectName, Subject] = {
+SUBJECTS: dict[str, Subject] = {
     "gpt": Subject(
         "gpt",
         "GPT of 2 blocks and width 48 on Python's documentation, AdamW with beta2 0.95",
