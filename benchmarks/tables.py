@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks import drill
 from benchmarks.rows import load
 
 ROOT = Path(__file__).parent.parent
@@ -78,6 +79,7 @@ def a_table_a_case(benchmark: str, columns: list[Column], by: str | None = None)
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    **drill.TABLES,
     "health_scan": lambda: a_table_a_case("health_scan", PASS, by="median_ms"),
     "health_scan_call": lambda: a_table_a_case("health_scan_call", CALL),
     "overhead": lambda: a_table_a_case(

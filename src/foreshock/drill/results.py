@@ -47,7 +47,7 @@ def write_results(results: DrillResults, out_dir: Path) -> list[str]:
     contents: dict[str, str | bytes] = {
         "drill.json": dump_json({"schema_version": SCHEMA_VERSION, **dataclasses.asdict(results)}),
         "cases.csv": _as_csv([_case_row(case) for case in results.cases]),
-        "rules.csv": _as_csv([_rule_row(s) for s in scores_of(results)]),
+        "rules.csv": _as_csv([rule_row(s) for s in scores_of(results)]),
         "drill.md": markdown(results),
     }
     plotted = plot(results)
@@ -89,7 +89,8 @@ def _case_row(case: Case) -> dict[str, Any]:
     return {**dataclasses.asdict(case), "delay": case.delay, "lead": case.lead}
 
 
-def _rule_row(found: Score) -> dict[str, Any]:
+def rule_row(found: Score) -> dict[str, Any]:
+    """The fields of a score, whose rule it is, and its shares."""
     owner = RULES_BY_NAME[found.rule].owner
     shares = {"per_10_000": found.per_10_000, "standing_share": found.standing_share}
     return {"owner": owner, **dataclasses.asdict(found), **shares}
@@ -120,7 +121,7 @@ RULE_HEADER = [
 
 
 def rule_cells(owner: str, found: dict[str, Any]) -> list[str]:
-    """A line of the table of rules; `found` are the fields of a `Score`, and its shares."""
+    """A line of the table of rules; `found` is a `rule_row`."""
     named = f"{found['named']} of {found['nameable']}" if found["nameable"] else "-"
     share = found["standing_share"]
     return [
@@ -137,7 +138,7 @@ def rule_cells(owner: str, found: dict[str, Any]) -> list[str]:
 
 def rule_table(results: DrillResults) -> list[list[str]]:
     """Lines of the table of rules, without its header."""
-    rows = [_rule_row(found) for found in scores_of(results)]
+    rows = [rule_row(found) for found in scores_of(results)]
     return [rule_cells(row["owner"], row) for row in rows]
 
 
