@@ -23,6 +23,7 @@ from foreshock.drill.results import (
     scenario_table,
     scores_of,
 )
+from foreshock.drill.scenarios import SCENARIOS
 
 TRAININGS = ("gpt", "mlp")
 _BOTH = "both trainings"
@@ -84,7 +85,15 @@ def scenarios_table() -> str:
     return f"{as_markdown(['scenario', *header], lines)}\n"
 
 
+def faults_table() -> str:
+    """What the scenarios are."""
+    lines = [[s.name, s.group, s.what] for s in SCENARIOS.values()]
+    marks = "| scenario | kind | what is done |\n| --- | --- | --- |\n"
+    return marks + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
 TABLES = {
+    "drill_faults": faults_table,
     "drill": rules_table,
     "drill_gpt": lambda: rules_table("gpt"),
     "drill_mlp": lambda: rules_table("mlp"),
