@@ -39,14 +39,11 @@ def _of(results: DrillResults, subject: str) -> DrillResults:
 
 def store(results: DrillResults) -> None:
     """Puts the rows of these drills into the place of those stored before."""
-    size = {
-        "seeds": {s: len({c.seed for c in _of(results, s).cases}) for s in TRAININGS},
-        "fault_step": results.settings["fault_step"],
-        "window": results.settings["window"],
-    }
     parts = {_BOTH: results, **{subject: _of(results, subject) for subject in TRAININGS}}
+    seeds = {name: len({case.seed for case in parts[name].cases}) for name in TRAININGS}
     for case, part in parts.items():
-        found = {score.rule: {**rule_row(score), **size} for score in scores_of(part)}
+        mine = {"seeds": seeds if case == _BOTH else {case: seeds[case]}}
+        found = {score.rule: {**rule_row(score), **mine} for score in scores_of(part)}
         rows.store("drill", case, "cpu", found)
     header, lines = scenario_table(results)
     cells = {line[0]: dict(zip(header[1:], line[1:], strict=True)) for line in lines}
