@@ -17,6 +17,7 @@ from foreshock.drill.results import (
     SCENARIO_RULES,
     as_markdown,
     joined,
+    plot,
     read_results,
     rule_cells,
     rule_row,
@@ -25,6 +26,7 @@ from foreshock.drill.results import (
 )
 from foreshock.drill.scenarios import SCENARIOS
 
+PLOT = Path(__file__).parent.parent / "docs" / "drill.png"
 TRAININGS = ("gpt", "mlp")
 _BOTH = "both trainings"
 
@@ -38,7 +40,10 @@ def _of(results: DrillResults, subject: str) -> DrillResults:
 
 
 def store(results: DrillResults) -> None:
-    """Puts the rows of these drills into the place of those stored before."""
+    """Puts the rows and the plot of these drills into the place of those stored before."""
+    plotted = plot(results)
+    if plotted is not None:
+        PLOT.write_bytes(plotted)
     parts = {_BOTH: results, **{subject: _of(results, subject) for subject in TRAININGS}}
     seeds = {name: len({case.seed for case in parts[name].cases}) for name in TRAININGS}
     for case, part in parts.items():

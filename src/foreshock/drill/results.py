@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import statistics
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -224,16 +225,32 @@ def plot(results: DrillResults) -> bytes | None:
         return None
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
+    names: dict[tuple[float, float], list[str]] = {}
     for found in scores_of(results):
         if found.median_lead is None or found.per_10_000 is None:
             continue
         is_ours = RULES_BY_NAME[found.rule].owner == "foreshock"
         size = 20 + 180 * found.detected / max(found.cases, 1)
-        x, y = found.per_10_000, found.median_lead
-        axes.scatter(x, y, s=size, color="tab:blue" if is_ours else "tab:orange", alpha=0.6)
-        axes.annotate(found.rule, (x, y), fontsize=7, xytext=(4, 3), textcoords="offset points")
+        place = found.per_10_000, found.median_lead
+        axes.scatter(*place, s=size, color="tab:blue" if is_ours else "tab:orange", alpha=0.6)
+        names.setdefault(place, []).append(found.rule)
+    for place, together in names.items():
+        # Many lie side by side on the line of no lead: names that lean do not run into each other.
+        is_many = len(together) > 2
+        axes.annotate(
+            textwrap.fill("; ".join(together), 50),
+            place,
+            xytext=(6, -6 if is_many else 4),
+            textcoords="offset points",
+            fontsize=7,
+            rotation=0 if is_many else 35,
+            va="top" if is_many else "bottom",
+        )
+    axes.margins(x=0.1, y=0.15)
     axes.set_xscale("symlog", linthresh=1.0)
     axes.set_yscale("symlog", linthresh=1.0)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
     axes.set_xlabel("false alarms in 10 000 healthy steps")
     axes.set_ylabel("median lead before the loss doubles, steps (negative: after it)")
     axes.set_title("Blue: foreshock, orange: peers. Area: share of the faults that are detected.")
