@@ -41,9 +41,6 @@ def _of(results: DrillResults, subject: str) -> DrillResults:
 
 def store(results: DrillResults) -> None:
     """Puts the rows and the plot of these drills into the place of those stored before."""
-    plotted = plot(results)
-    if plotted is not None:
-        PLOT.write_bytes(plotted)
     parts = {_BOTH: results, **{subject: _of(results, subject) for subject in TRAININGS}}
     seeds = {name: len({case.seed for case in parts[name].cases}) for name in TRAININGS}
     for case, part in parts.items():
@@ -53,6 +50,9 @@ def store(results: DrillResults) -> None:
     header, lines = scenario_table(results)
     cells = {line[0]: dict(zip(header[1:], line[1:], strict=True)) for line in lines}
     rows.store("drill_scenarios", _BOTH, "cpu", {name: {"cells": c} for name, c in cells.items()})
+    plotted = plot(results)
+    if plotted is not None:
+        PLOT.write_bytes(plotted)
 
 
 def _stored(case: str) -> list[dict[str, Any]]:
