@@ -150,7 +150,7 @@ def drill(
         typer.Option(help=f"Trainings to try them on: {', '.join(SUBJECTS)}; may be repeated."),
     ] = None,
     seeds: Annotated[
-        int | None, typer.Option(help="Seeds, of each training; 6, or 1 with --quick.", min=1)
+        int | None, typer.Option(help="Seeds, of each training; 7, or 1 with --quick.", min=1)
     ] = None,
     out_dir: Annotated[
         Path | None, typer.Option(help="Directory for the results; default runs/drill-<time>.")

@@ -35,7 +35,7 @@ class DrillOptions:
 
     scenarios: tuple[str, ...] = tuple(SCENARIOS)
     subjects: tuple[str, ...] = tuple(SUBJECTS)
-    seeds: int = 6
+    seeds: int = 7
     first_seed: int = 0
     fault_step: int = 400
     healthy_steps: int | None = None
