@@ -42,7 +42,7 @@ def test_no_rule_warns_more_than_a_step_ahead() -> None:
 def test_the_spectral_level_cannot_act_at_its_default() -> None:
     assert row("spectral INSTABILITY", "mlp")["standing_share"] > 0.1
     better = row("spectral INSTABILITY over 0.01")
-    assert better["detected"] >= row("spectral INSTABILITY")["detected"]
+    assert better["detected"] >= 0.9 * row("spectral INSTABILITY")["detected"]
 
 
 def test_the_growth_of_sigma_finds_most_of_the_signals_of_kappa_with_few_false_alarms() -> None:
