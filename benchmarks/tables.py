@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks import drill
 from benchmarks.rows import load
 
 ROOT = Path(__file__).parent.parent
@@ -130,6 +131,7 @@ TABLES: dict[str, Callable[[], str]] = {
             percent("measured_overhead", "processor time", 0, "+"),
         ],
     ),
+    **drill.TABLES,
     "health_scan": lambda: a_table_a_case("health_scan", PASS, by="median_ms"),
     "health_scan_call": lambda: a_table_a_case("health_scan_call", CALL),
     "overhead": lambda: a_table_a_case(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +20,13 @@ from rich.table import Table
 from rich.text import Text
 
 from foreshock import records
+from foreshock.drill import results as drill_results
+from foreshock.drill.campaign import DrillOptions, broken_promises, quickened, run_drill
 from foreshock.drill.demo import FILES, DemoOptions, DemoResult, run_demo
+from foreshock.drill.fault_demo import FaultDemoOptions, run_fault_demo
+from foreshock.drill.scenarios import SCENARIOS
+from foreshock.drill.story import tell_drill, tell_fault
+from foreshock.drill.subjects import SUBJECTS
 from foreshock.monitor import Verdict
 from foreshock.ops._backend import active_isa, explain, list_ops, load_kernels
 from foreshock.records.ledger_verification import head_in_summary
@@ -39,6 +47,13 @@ def demo(
         bool, typer.Option(help="Make the learning rate 30 times too high for 5 steps.")
     ] = False,
     spike_step: Annotated[int, typer.Option(help="Step at which it begins.", min=120)] = 150,
+    fault: Annotated[
+        str | None,
+        typer.Option(
+            help="A fault of the drill, put in at --strike-step in the place of the NaN: one of "
+            f"{', '.join(SCENARIOS)}."
+        ),
+    ] = None,
     steps: Annotated[int, typer.Option(help="Steps to train.", min=1)] = 200,
     out_dir: Annotated[
         Path | None, typer.Option(help="Directory for the files; default runs/demo-<time>.")
@@ -48,6 +63,11 @@ def demo(
 
     Exit code 0 if everything happened that should have, 1 if not.
     """
+    if fault is not None:
+        if inject_lr_spike:
+            raise typer.BadParameter("--fault and --inject-lr-spike: accepted: one of them")
+        _demonstrate_fault(fault, guard, strike_step, steps, out_dir)
+        return
     for is_wanted, step in ((inject_nan, strike_step), (inject_lr_spike, spike_step)):
         if is_wanted and step >= steps:
             raise typer.BadParameter(f"is {step}; accepted: less than --steps, {steps}")
@@ -61,6 +81,18 @@ def demo(
         spike_step=spike_step if inject_lr_spike else None,
     )
     begun = time.perf_counter()
+    with _progress_of_training(console, steps) as show:
+        result = run_demo(options, show)
+    _tell(console, options, result, time.perf_counter() - begun)
+    if result.broken_promises:
+        raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _progress_of_training(
+    console: Console, steps: int
+) -> Iterator[Callable[[int, float, Verdict], None]]:
+    """A bar, and a line for each reason that is seen for the first time."""
     columns = (
         TextColumn("[bold]training a small GPT"),
         BarColumn(),
@@ -79,9 +111,85 @@ def demo(
                 told.append(reason)
                 progress.console.print(f"[red]step {step}:[/] {verdict.offender or reason}")
 
-        result = run_demo(options, show)
-    _tell(console, options, result, time.perf_counter() - begun)
+        yield show
+
+
+def _demonstrate_fault(
+    fault: str, guard: bool, fault_step: int, steps: int, out_dir: Path | None
+) -> None:
+    logging.getLogger("foreshock").setLevel(logging.ERROR)
+    console = Console()
+    try:
+        options = FaultDemoOptions(
+            fault=fault,
+            steps=steps,
+            fault_step=fault_step,
+            out_dir=out_dir or Path(f"runs/demo-{datetime.now():%Y%m%d-%H%M%S}"),
+            is_guarded=guard,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    with _progress_of_training(console, steps) as show:
+        result = run_fault_demo(options, show)
+    tell_fault(console, options, result)
     if result.broken_promises:
+        raise typer.Exit(1)
+
+
+@app.command()
+def drill(
+    quick: Annotated[
+        bool, typer.Option(help="One seed and short healthy runs: about 2 minutes.")
+    ] = False,
+    scenario: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Faults to try; may be repeated. Default: all. {', '.join(SCENARIOS)}."),
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Trainings to try them on: {', '.join(SUBJECTS)}; may be repeated."),
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Seeds, of each training; 7, or 1 with --quick.", min=1)
+    ] = None,
+    out_dir: Annotated[
+        Path | None, typer.Option(help="Directory for the results; default runs/drill-<time>.")
+    ] = None,
+) -> None:
+    """Try faults on small real trainings, and see which rule finds them, and how early.
+
+    Every rule of foreshock and of its peers judges the same runs. Writes drill.json, cases.csv,
+    rules.csv, drill.md and, with matplotlib, drill.png.
+
+    Exit code 0 if what is promised held: every fault that is not finite was found within a step,
+    the struck weight or gradient was named, and nothing that acts by default had a false alarm.
+    1 if not, 2 if the arguments are wrong.
+    """
+    console = Console()
+    try:
+        options = DrillOptions(
+            scenarios=tuple(scenario or SCENARIOS), subjects=tuple(model or SUBJECTS)
+        )
+        options = quickened(options) if quick else options
+        options = options if seeds is None else dataclasses.replace(options, seeds=seeds)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    out_dir = out_dir or Path(f"runs/drill-{datetime.now():%Y%m%d-%H%M%S}")
+    columns = (TextColumn("[bold]drill"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("{task.fields[what]}"), console=console) as progress:
+        task = progress.add_task("", total=None, what="")
+        results = run_drill(
+            options,
+            lambda what, done, of: progress.update(task, what=what, completed=done, total=of),
+        )
+    written = drill_results.write_results(results, out_dir)
+    tell_drill(console, results)
+    for name in written:
+        console.print(f"{out_dir / name}  ({drill_results.FILES[name]})", soft_wrap=True)
+    broken = broken_promises(results)
+    for promise in broken:
+        console.print(f"[red]did not hold:[/] {promise}", soft_wrap=True)
+    if broken:
         raise typer.Exit(1)
 
 

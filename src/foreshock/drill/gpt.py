@@ -303,7 +303,7 @@ def build(seed: int = 0, recipe: Recipe | None = None) -> Run:
     torch.manual_seed(seed)
     model = GPT(recipe.model)
     optimizer = _optimizer_for(model, recipe)
-    scheduler = LambdaLR(optimizer, _warmup(recipe.warmup_steps))
+    scheduler = LambdaLR(optimizer, warmup(recipe.warmup_steps))
     return Run(model, optimizer, scheduler, batches)
 
 
@@ -318,7 +318,7 @@ def _optimizer_for(model: GPT, recipe: Recipe) -> AdamW:
     return AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
 
 
-def _warmup(num_steps: int) -> Callable[[int], float]:
+def warmup(num_steps: int) -> Callable[[int], float]:
     # Constant after the warm-up: a run then has no planned end, and its healthy loss and gradient
     # norm drift slowly, which is what a fault has to be told from.
     def factor(step: int) -> float:

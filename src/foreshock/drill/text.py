@@ -151,7 +151,7 @@ class TextBatches:
         first_draw = index * self.batch_size
         starts_B = torch.tensor(
             [
-                _random_word(self.seed, first_draw + row) % num_starts
+                random_word(self.seed, first_draw + row) % num_starts
                 for row in range(self.batch_size)
             ]
         )
@@ -196,7 +196,7 @@ class TextBatches:
         self.position = state["position"]
 
 
-def _random_word(seed: int, counter: int) -> int:
+def random_word(seed: int, counter: int) -> int:
     """Return 64 random bits, number `counter` of the stream of `seed`.
 
     Source: SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
