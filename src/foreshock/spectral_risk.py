@@ -94,7 +94,11 @@ class SpectralRisk:
             self._begin()
 
     def _begin(self) -> None:
-        self._spectra.begin(self._watch.step, is_stepped=self._watch.was_stepped)
+        self._spectra.begin(
+            self._watch.step,
+            is_stepped=self._watch.was_stepped,
+            grad_scale=self._watch.pending_divisor,
+        )
 
     def _answer_what_is_seen(self) -> bool:
         reading = self._take_in()

@@ -43,6 +43,7 @@ def test_defaults_are_the_specified_ones() -> None:
         "spike_window": 128,
         "spike_min_count": 32,
         "spike_z": 8.0,
+        "spike_grad_z": 32.0,
         "spike_warmup_ratio": 10.0,
         "spike_response": "log",
         "max_consecutive_skips": 3,

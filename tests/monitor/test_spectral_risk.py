@@ -291,3 +291,20 @@ def test_a_model_without_matrices_is_no_trouble(tmp_path: Path) -> None:
             optimizer.step()
             assert monitor.step(1.0)
     assert monitor.finalize()["spectral"] is None
+
+
+def test_second_moments_are_held_against_gradients_as_the_optimizer_takes_them(
+    tmp_path: Path,
+) -> None:
+    """A fused one clips them as it reads them: until then they are as they were."""
+    found = {}
+    for kind in ("fused", "foreach"):
+        run = t.make_run(
+            epochs=9, max_norm=0.01, optimizer=lambda ps, k=kind: torch.optim.AdamW(ps, **{k: True})
+        )
+        monitor = monitor_of(run, tmp_path / kind, mode="observe", spectral_interval=50)
+        t.train(run, monitor)
+        monitor.finalize()
+        found[kind] = [r["second_moment_rms"] for r in telemetry(tmp_path / kind)][-1]
+    assert found["fused"] == pytest.approx(found["foreach"], rel=1e-3)
+    assert found["fused"] < 3

@@ -41,8 +41,6 @@ class Observation:
     """RMS_t over all parameters, of the gradients that the optimizer takes in."""
     rms_worst: float = 1.0
     """The largest RMS_t of any parameter."""
-    rms_monitored: float | None = None
-    """RMS_t as a monitor takes it: every 50 steps, of the gradients before clipping."""
     max_attention_logit: float | None = None
     restarted_kappa: float = 1.0
     """kappa-tilde of the first matrix: 10 power iterations from a random vector at each step."""

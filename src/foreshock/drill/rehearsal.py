@@ -25,7 +25,6 @@ from foreshock.ops import PowerIterator, health_scan
 from foreshock.signals import SpectralTracker, second_moment_rms, weight_decays
 
 _RESTARTED_PASSES = 10
-_MONITOR_INTERVAL = 50
 _KAPPA, _RANK = 2, 3  # columns of SpectralStats.packed
 
 
@@ -120,15 +119,12 @@ class Rehearsal:
     def _second_moments(self, norm: float) -> dict[str, Any]:
         parameters = list(self.model.parameters())
         divisor = torch.tensor(max(norm / MAX_NORM, 1.0))
-        of = (self.optimizer, parameters)
-        clipped = second_moment_rms(*of, is_stepped=False, grad_scale=divisor)
+        clipped = second_moment_rms(
+            self.optimizer, parameters, is_stepped=False, grad_scale=divisor
+        )
         if not clipped.index:
             return {}
-        found = {"rms": float(clipped.total), "rms_worst": float(clipped.rms.max())}
-        if self.step % _MONITOR_INTERVAL == 0:
-            raw = second_moment_rms(*of, is_stepped=False)
-            found["rms_monitored"] = float(raw.total)
-        return found
+        return {"rms": float(clipped.total), "rms_worst": float(clipped.rms.max())}
 
     def _do_ranks_agree(self) -> bool:
         if len(self.trainee.replicas) == 1:

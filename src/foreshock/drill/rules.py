@@ -196,7 +196,7 @@ def _slope(of: Callable[[Observation], float | None]) -> Callable[[], Rule]:
 
 
 def _spike_at(reason: Reason, z: float) -> Spike:
-    return Spike(reason, Guard(spike_z=z))
+    return Spike(reason, Guard(spike_z=z, spike_grad_z=z))
 
 
 def _unstable_over(volatility: float) -> SpectralLevel:
@@ -215,7 +215,7 @@ OWN_RULES = [
     RuleEntry("gradient spike", OURS, lambda: Spike(Reason.GRADIENT_SPIKE)),
     RuleEntry("loss spike, z over 5", OURS, lambda: _spike_at(Reason.LOSS_SPIKE, 5)),
     RuleEntry("gradient spike, z over 16", OURS, lambda: _spike_at(Reason.GRADIENT_SPIKE, 16)),
-    RuleEntry("gradient spike, z over 32", OURS, lambda: _spike_at(Reason.GRADIENT_SPIKE, 32)),
+    RuleEntry("gradient spike, z over 8", OURS, lambda: _spike_at(Reason.GRADIENT_SPIKE, 8)),
     RuleEntry("spectral DANGER", OURS, lambda: SpectralLevel(RiskLevel.DANGER)),
     RuleEntry("spectral INSTABILITY", OURS, lambda: SpectralLevel(RiskLevel.INSTABILITY)),
     RuleEntry(
@@ -230,7 +230,6 @@ OWN_RULES = [
     RuleEntry("RMS_t", OURS, lambda: Over(lambda seen: seen.rms, RMS_LIMIT)),
     RuleEntry("RMS_t, worst tensor", OURS, lambda: Over(lambda s: s.rms_worst, RMS_LIMIT)),
     RuleEntry("RMS_t, worst tensor, over 4", OURS, lambda: Over(lambda s: s.rms_worst, 4.0)),
-    RuleEntry("RMS_t, as monitored", OURS, lambda: Over(lambda s: s.rms_monitored, RMS_LIMIT)),
     RuleEntry("Muon ratio", OURS, lambda: Over(lambda seen: seen.muon_ratio, MUON_LIMIT)),
     RuleEntry("attention logit", OURS, lambda: Over(lambda s: s.max_attention_logit, LOGIT_LIMIT)),
     RuleEntry("ranks' checksums", OURS, RanksDisagree),

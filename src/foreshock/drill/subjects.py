@@ -94,7 +94,7 @@ def load_digits() -> Batch:
         ImportError: scikit-learn is not installed; names the extra that brings it.
     """
     try:
-        from sklearn import datasets  # type: ignore[import-untyped]
+        from sklearn import datasets
     except ImportError as error:
         raise ImportError(
             "the drill's MLP is trained on scikit-learn's digits: pip install "

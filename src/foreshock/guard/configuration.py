@@ -45,7 +45,9 @@ class Guard(Settings):
     spike_min_count: int = Field(default=32, ge=2)
     """How many of them there must be."""
     spike_z: PositiveFloat = 8.0
-    """Standard deviations above their mean at which it is a spike; `inf`: never."""
+    """Standard deviations above their mean at which a loss is a spike; `inf`: never."""
+    spike_grad_z: PositiveFloat = 32.0
+    """Likewise of a gradient norm, which has spikes of its own on healthy runs (docs/drill.md)."""
     spike_warmup_ratio: float = Field(default=10.0, gt=1)
     """Until there are as many, a value so many times the largest one before is."""
     spike_response: Literal["log", "skip"] = "log"

@@ -232,6 +232,10 @@ class LaggingWatch(Watch):
             return contextlib.nullcontext()
         return scaled_in_step(self._optimizer, divisor, withheld)
 
+    @property
+    def pending_divisor(self) -> torch.Tensor | None:
+        return self._divisor if self._is_as_clipped() else None
+
     def _is_withheld(self) -> torch.Tensor | None:
         """() float32 on the device: 1 if the update is not to reach the parameters."""
         report = self._report

@@ -21,8 +21,8 @@ raise the bar for the next."""
 class SpikeDetector:
     """Follows the loss and the total gradient norm of each step, and names those that spike.
 
-    z = (value - mean) / std over the last `spike_window` values; a spike is z > spike_z. Before
-    there are enough values, it is one over `spike_warmup_ratio` times the largest so far. Values
+    z = (value - mean) / std over the last `spike_window` values; a spike is z > spike_z of a loss,
+    z > spike_grad_z of a gradient norm. Before there are enough values, it is one over `spike_warmup_ratio` times the largest so far. Values
     that are not finite are no spikes, and leave no trace: they are found by other means.
 
     Args:
@@ -33,7 +33,8 @@ class SpikeDetector:
 
     def __init__(self, guard: Guard) -> None:
         self._series = {
-            reason: _Series(guard) for reason in (Reason.LOSS_SPIKE, Reason.GRADIENT_SPIKE)
+            Reason.LOSS_SPIKE: _Series(guard, guard.spike_z),
+            Reason.GRADIENT_SPIKE: _Series(guard, guard.spike_grad_z),
         }
 
     def update(self, loss: float, norm: float) -> tuple[Reason, ...]:
@@ -83,7 +84,8 @@ class DeviceSpikes:
         self._scores = RollingZScore(2, window, min_count=least, clip=_CLIP, device=device)
         self._largest = torch.zeros(2, dtype=torch.float64, device=device)
         self._min_count = least
-        self._threshold = guard.spike_z
+        thresholds = [guard.spike_z, guard.spike_grad_z]
+        self._thresholds = torch.tensor(thresholds, dtype=torch.float64, device=device)
         self._ratio = guard.spike_warmup_ratio
         self.loss_z: float | None = None
         self.grad_norm_z: float | None = None
@@ -110,7 +112,7 @@ class DeviceSpikes:
         grown = torch.maximum(self._largest, magnitudes)
         self._largest.copy_(torch.where(is_warmup & ~is_over, grown, self._largest))
         z = self._scores.push(torch.where(is_over, torch.nan, values))
-        is_spike = is_over | (~is_warmup & (z > self._threshold))
+        is_spike = is_over | (~is_warmup & (z > self._thresholds))
         return torch.stack([torch.where(is_warmup | ~is_finite, torch.nan, z), is_spike.double()])
 
     def note(self, found: np.ndarray[Any, Any]) -> tuple[Reason, ...]:
@@ -131,13 +133,13 @@ class DeviceSpikes:
 
 
 class _Series:
-    def __init__(self, guard: Guard) -> None:
+    def __init__(self, guard: Guard, threshold: float) -> None:
         self._scores = RollingZScore(
             1, guard.spike_window, min_count=guard.spike_min_count, clip=_CLIP
         )
         self._push = self._scores.push_float
         self._missing = self._min_count = guard.spike_min_count
-        self._threshold = guard.spike_z
+        self._threshold = threshold
         self._ratio = guard.spike_warmup_ratio
         self._largest = 0.0
         self.z: float | None = None

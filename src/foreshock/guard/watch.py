@@ -525,6 +525,13 @@ class Watch:
             return contextlib.nullcontext()
         return scaled_in_step(self._optimizer, divisor_of(factor))
 
+    @property
+    def pending_divisor(self) -> torch.Tensor | None:
+        """() float32: what the optimizer is still to divide the gradients by; None: nothing."""
+        if self._clip_factor == 1.0 or not self._is_as_clipped():
+            return None
+        return divisor_of(self._clip_factor)
+
     def _is_as_clipped(self) -> bool:
         """Gradients that were added to since then are still the ones that were to be clipped."""
         mark, now = self._clip_mark, self._look_at_gradients()

@@ -142,30 +142,33 @@ class SpectralWatch:
         """Whether there is anything to look at, and no look at this step or a later one."""
         return bool(self._matrices) and (self._last_step is None or self._last_step < step)
 
-    def observe(self, step: int, *, is_stepped: bool) -> SpectralObservation:
+    def observe(
+        self, step: int, *, is_stepped: bool, grad_scale: Tensor | None = None
+    ) -> SpectralObservation:
         """Looks at all matrices as they are now.
 
         Args:
             step: training step, greater than that of the observation before.
             is_stepped: whether the optimizer has taken in the gradients that there are.
+            grad_scale: () what it is still to divide them by, if anything.
         Cost:
             min(k, 14) reads of the matrices, k steps after the last look; 14 the first time. Some
             hundred microseconds on the host, and one synchronisation per device. At the interval,
             but at most every 50 steps, also the passes of `second_moment_rms`.
         """
-        self.begin(step, is_stepped=is_stepped)
+        self.begin(step, is_stepped=is_stepped, grad_scale=grad_scale)
         observation = self.collect()
         assert observation is not None
         return observation
 
-    def begin(self, step: int, *, is_stepped: bool) -> None:
+    def begin(self, step: int, *, is_stepped: bool, grad_scale: Tensor | None = None) -> None:
         """The first half of `observe`: what waits for no device. One at a time."""
         gap = 1 if self._last_step is None else step - self._last_step
         self._last_step = step
         passes = min(max(gap, 1), _MOST_PASSES)
         found = [(where, Later(it(warm_iters=passes).packed)) for where, it in self._iterators]
         is_due = step % max(self._interval, _MOMENT_STEPS) == 0
-        rms = self._second_moment_rms(is_stepped) if is_due else None
+        rms = self._second_moment_rms(is_stepped, grad_scale) if is_due else None
         self._begun = _Begun(step, found, rms)
 
     def collect(self) -> SpectralObservation | None:
@@ -191,10 +194,12 @@ class SpectralWatch:
         largest = int(np.nanargmax(ratios))
         return float(ratios[largest]), self.names[largest]
 
-    def _second_moment_rms(self, is_stepped: bool) -> Later | None:
+    def _second_moment_rms(self, is_stepped: bool, grad_scale: Tensor | None) -> Later | None:
         if why_no_second_moments(self._optimizer) is not None:
             return None
-        found = second_moment_rms(self._optimizer, self._parameters, is_stepped=is_stepped)
+        found = second_moment_rms(
+            self._optimizer, self._parameters, is_stepped=is_stepped, grad_scale=grad_scale
+        )
         return Later(found.total) if found.index else None
 
     def state_dict(self) -> dict[str, Any]:
