@@ -22,8 +22,9 @@ class SpikeDetector:
     """Follows the loss and the total gradient norm of each step, and names those that spike.
 
     z = (value - mean) / std over the last `spike_window` values; a spike is z > spike_z of a loss,
-    z > spike_grad_z of a gradient norm. Before there are enough values, it is one over `spike_warmup_ratio` times the largest so far. Values
-    that are not finite are no spikes, and leave no trace: they are found by other means.
+    z > spike_grad_z of a gradient norm. Before there are enough values, it is one over
+    `spike_warmup_ratio` times the largest so far. Values that are not finite are no spikes, and
+    leave no trace: they are found by other means.
 
     Args:
         guard: windows and thresholds.
