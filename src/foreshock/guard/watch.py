@@ -66,10 +66,6 @@ class _Step:
     was_updated: bool = False
     was_withheld: bool = False
 
-    def request_snapshot(self) -> None:
-        """Has a snapshot taken as soon as a step has been clean; in recover mode, that is."""
-        self._wants_snapshot = True
-
     @property
     def was_stepped(self) -> bool:
         """Whether the optimizer was called."""
