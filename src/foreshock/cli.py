@@ -71,7 +71,6 @@ def demo(
     for is_wanted, step in ((inject_nan, strike_step), (inject_lr_spike, spike_step)):
         if is_wanted and step >= steps:
             raise typer.BadParameter(f"is {step}; accepted: less than --steps, {steps}")
-    logging.getLogger("foreshock").setLevel(logging.ERROR)  # the demo tells the story itself
     console = Console()
     options = DemoOptions(
         steps=steps,
@@ -81,11 +80,23 @@ def demo(
         spike_step=spike_step if inject_lr_spike else None,
     )
     begun = time.perf_counter()
-    with _progress_of_training(console, steps) as show:
+    with _told_by_us(), _progress_of_training(console, steps) as show:
         result = run_demo(options, show)
     _tell(console, options, result, time.perf_counter() - begun)
     if result.broken_promises:
         raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _told_by_us() -> Iterator[None]:
+    """The console tells the story itself; only errors are logged."""
+    log = logging.getLogger("foreshock")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 @contextlib.contextmanager
@@ -117,7 +128,6 @@ def _progress_of_training(
 def _demonstrate_fault(
     fault: str, guard: bool, fault_step: int, steps: int, out_dir: Path | None
 ) -> None:
-    logging.getLogger("foreshock").setLevel(logging.ERROR)
     console = Console()
     try:
         options = FaultDemoOptions(
@@ -129,7 +139,7 @@ def _demonstrate_fault(
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    with _progress_of_training(console, steps) as show:
+    with _told_by_us(), _progress_of_training(console, steps) as show:
         result = run_fault_demo(options, show)
     tell_fault(console, options, result)
     if result.broken_promises:

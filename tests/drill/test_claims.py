@@ -58,9 +58,10 @@ def test_gradiences_slope_always_stands_and_finds_nothing() -> None:
     assert found["detected"] == 0
 
 
-def test_skip_step_finds_as_much_as_the_guard() -> None:
+def test_skip_step_finds_somewhat_more_than_the_guard_and_has_false_alarms() -> None:
     ours, theirs = row("guard, all of a step"), row("SkipStep")
-    assert abs(ours["detected"] - theirs["detected"]) <= 0.1 * ours["detected"]
+    assert ours["detected"] < theirs["detected"] <= 1.15 * ours["detected"]
+    assert theirs["per_10_000"] > row("gradient spike, z over 8")["per_10_000"]
 
 
 def test_mad_and_cusum_find_more_than_a_z_of_the_loss() -> None:
