@@ -13,6 +13,9 @@ from foreshock.ops._tensors import DTYPE_CODES
 from foreshock.ops.soft_assign.reference import Saved
 
 _ROWS_PER_TASK = 64
+# Multiply-adds, a pair's exponential counted as 16 of them: some 0.1 ms. A second thread that has to
+# be woken for less, between the layers of a model, costs more than it takes over.
+_WORK_PER_TASK = 1 << 21
 _TASKS_PER_THREAD = 4
 # Backward, a task has a gradient of all centers. A number of tasks that depends on the rows alone
 # makes the sum the same for any number of threads.
@@ -63,7 +66,9 @@ def forward(
     rows = len(x_ND)
     kernels = load_kernels()
     threads = 1 if isinstance(kernels, str) else kernels.thread_count()
-    tasks = max(1, min(-(-rows // _ROWS_PER_TASK), _TASKS_PER_THREAD * threads))
+    codes, features = centers_KD.shape
+    worth = rows * codes * (features + 16) // _WORK_PER_TASK
+    tasks = max(1, min(-(-rows // _ROWS_PER_TASK), _TASKS_PER_THREAD * threads, worth))
     call, _ = _bind("forward", x_ND, centers_KD, temperature, eps, tasks, isa)
     best = torch.empty(rows, dtype=torch.int64)
     scalars = torch.empty(4, rows, dtype=centers_KD.dtype)
