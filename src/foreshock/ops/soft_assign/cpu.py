@@ -13,8 +13,8 @@ from foreshock.ops._tensors import DTYPE_CODES
 from foreshock.ops.soft_assign.reference import Saved
 
 _ROWS_PER_TASK = 64
-# Multiply-adds, a pair's exponential counted as 16 of them: some 0.1 ms. A second thread that has to
-# be woken for less, between the layers of a model, costs more than it takes over.
+# Multiply-adds, a pair's exponential counted as 16 of them: some 0.1 ms. A second thread that has
+# to be woken for less, between the layers of a model, costs more than it takes over.
 _WORK_PER_TASK = 1 << 21
 _TASKS_PER_THREAD = 4
 # Backward, a task has a gradient of all centers. A number of tasks that depends on the rows alone
