@@ -390,7 +390,7 @@ PROBS_MEMORY = """
 def test_probs_are_held_once() -> None:
     """229 MiB; float64 tensors of that shape, as plain autograd keeps, would be 458 each.
 
-    Beside it there is the work space of a few blocks, of which up to 90 MiB are there at the peak:
+    Beside it there is the work space of a few blocks, of which some 100 MiB are there at the peak:
     how much is up to the allocator.
     """
     done = run_python(PROBS_MEMORY)
