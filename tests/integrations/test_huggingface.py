@@ -105,8 +105,7 @@ def test_a_healthy_training_ends_with_the_same_bits_as_without_it(tmp_path: Path
     pairs = zip(alone.model.parameters(), watched.model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     assert callback.summary["total_steps"] == 80
-    seen = {r["reason"] for r in records(tmp_path, "anomaly_seen")}
-    assert seen <= {"GRADIENT_SPIKE"}  # two rows of this text make a gradient eight times as long
+    assert callback.summary["guard"]["anomalies_seen"] == 0
     logged = [r for r in watched.state.log_history if "loss" in r]
     told = {r["step"]: r["train_loss"] for r in records(tmp_path, "telemetry")}
     assert sorted(told) == list(range(0, 80, 5))

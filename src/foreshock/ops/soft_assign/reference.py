@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_ELEMENTS = 1 << 20  # of rows times codes that are held at a time
+_ELEMENTS = 1 << 18  # of rows times codes that are held at a time
 
 Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
