@@ -45,9 +45,13 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]
         out_dir: directory of the run's records.
         guard_enabled: whether bad updates are withheld and bad states rolled back (`recover`);
             otherwise they are only told of (`observe`).
-        guard_snapshot_interval, guard_violation_threshold, guard_max_rollbacks, guard_lr_backoff:
-            those of `foreshock.Guard`.
-        spectral_enabled, spectral_interval, telemetry_interval: those of `foreshock.Monitor`.
+        guard_snapshot_interval: steps between snapshots, as in `foreshock.Guard`.
+        guard_violation_threshold: a loss over this is a violation; likewise.
+        guard_max_rollbacks: before the run is given up; likewise.
+        guard_lr_backoff: factor on the learning rate after a rollback; likewise.
+        spectral_enabled: whether the spectra of the weights are followed.
+        spectral_interval: steps between looks at them.
+        telemetry_interval: steps between telemetry records.
         guard: the other fields of `foreshock.Guard`, by name.
         more: the other settings of `foreshock.Monitor`.
     Raises:

@@ -130,7 +130,8 @@ class NoiseFingerprint:
 
         Args:
             grad_norm: of the gradients that the optimizer was given.
-            step_norm, alignment: as for `update`, which is then not given them.
+            step_norm: as for `update`, which is then not given it.
+            alignment: likewise.
         Raises:
             TypeError, ValueError: naming the argument, what was given and what is accepted; nothing
                 was taken in.

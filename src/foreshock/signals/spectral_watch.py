@@ -70,8 +70,8 @@ class SpectralWatch:
         optimizer: asked for weight decay and second moments.
         interval: steps between looks. While the level or the last reading is WARNING or more,
             every step is looked at.
-        include, exclude: shell patterns for names; a matrix is watched that fits one of the former
-            and none of the latter.
+        include: shell patterns for the names of the matrices that are watched.
+        exclude: shell patterns for those that are not, though `include` names them.
         settings: of the tracker.
     Raises:
         ValueError: a pattern that fits no name, with the nearest one.

@@ -23,7 +23,8 @@ class Codebook(nn.Module):
         dim: D.
         init: which of the two.
         seed: of a random stream of its own: the global one is not drawn from.
-        device, dtype: of the centers, which are drawn in float32.
+        device: of the centers.
+        dtype: of the centers, which are drawn in float32.
     Raises:
         ValueError: naming the argument, what it is and what is accepted.
     """

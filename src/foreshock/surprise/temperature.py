@@ -49,7 +49,8 @@ class CosineTemperature:
     >>> schedule.apply(wrapped, step)
 
     Args:
-        start, end: finite, above 0, in units of squared distance.
+        start: finite, above 0, in units of squared distance.
+        end: likewise.
         total_steps: more than warmup_steps.
         warmup_steps: from 0 up.
     Raises:

@@ -68,8 +68,10 @@ def wrap(
         pooling: of a convolution's output over height and width: "mean", "max", or "positions",
             which codes each one. A linear layer codes each position.
         temperature: of the softmax, in squared distance.
-        beta_length, beta_entropy, beta_distance: weights of S. L and H fall to 0 far from every
-            center; without beta_distance strange inputs look normal.
+        beta_length: weight of L in S.
+        beta_entropy: weight of H.
+        beta_distance: weight of D. L and H fall to 0 far from every center; without D strange
+            inputs look normal.
         init: of the centers, "normal" or "uniform"; see `Codebook`.
         detach: whether the coding loss leaves the model's own parameters alone.
         batch_dim: where samples lie in outputs with more than two dimensions; 1 for
@@ -168,7 +170,8 @@ class WrappedModel(nn.Module):
         """What the model returns, and the traces, which the model itself no longer holds.
 
         Args:
-            arguments, keywords: of the model.
+            arguments: of the model.
+            keywords: likewise.
             attached: whether the traces keep their graph.
         Raises:
             RuntimeError: coding is disabled or bypassed.

@@ -150,8 +150,9 @@ class PowerIterator:
     `SpectralStats.clone` keeps them.
 
     Args:
-        weights, seed: as for `power_iteration`.
+        weights: as for `power_iteration`.
         state: as for `power_iteration`, but moved along in place, as `self.state`.
+        seed: as for `power_iteration`.
         recheck: False leaves out that look: the memory that the weights have now is read at each
             call, and kept alive for it.
     Raises:

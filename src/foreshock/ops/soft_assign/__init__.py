@@ -60,7 +60,9 @@ def soft_assign(
         centers: (K, D) on the device of x, of any of these types.
         temperature: of the softmax, in units of squared distance; above 0.
         eps: at least 0; bounds L by -log(eps).
-        beta_length, beta_entropy, beta_distance: finite weights of the surprise.
+        beta_length: finite weight of L in the surprise.
+        beta_entropy: that of H.
+        beta_distance: that of log(1 + d2_b).
         return_probs: whether p is returned too, which is an (..., K) tensor, made in float64 some
             rows at a time.
     Returns:
