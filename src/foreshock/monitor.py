@@ -38,10 +38,10 @@ from foreshock.ops import active_backends
 from foreshock.settings import Settings
 from foreshock.signals import FingerprintSettings, SpectralSettings, SpectralWatch
 from foreshock.spectral_risk import SpectralRisk
+from foreshock.step_watch import StepWatch
 
 if TYPE_CHECKING:
     from foreshock.surprise import SurpriseProbe
-    from foreshock.surprise_watch import SurpriseWatch
 
 __all__ = ["Monitor", "MonitorSettings", "Verdict"]
 
@@ -178,9 +178,8 @@ class Monitor:
         self._noise = self._make_noise()
         if self._noise is not None:
             state["noise"] = self._noise
-        self._surprise = self._listen(surprise, model)
-        if self._surprise is not None:
-            state["surprise"] = self._surprise
+        self._watches = self._make_watches(model, surprise)
+        state.update({n: w for n, w in self._watches.items() if isinstance(w, Stateful)})
         lags = not sync and can_lag(model, optimizer, self._guard, _LAGGING_DEVICE)
         watch = LaggingWatch if lags else Watch
         self._watch = watch(model, optimizer, state, self._guard, self._record)
@@ -219,9 +218,16 @@ class Monitor:
             noise.load_reference(given.fingerprint_reference)
         return noise
 
-    def _listen(self, probe: SurpriseProbe | None, model: torch.nn.Module) -> SurpriseWatch | None:
-        if probe is None:
-            return None
+    def _make_watches(
+        self, model: torch.nn.Module, surprise: SurpriseProbe | None
+    ) -> dict[str, StepWatch]:
+        """Those that are asked for, by the name under which their state is kept."""
+        watches: dict[str, StepWatch] = {}
+        if surprise is not None:
+            watches["surprise"] = self._listen(surprise, model)
+        return watches
+
+    def _listen(self, probe: SurpriseProbe, model: torch.nn.Module) -> StepWatch:
         from foreshock.surprise import SurpriseProbe  # not for those who have no probe
         from foreshock.surprise_watch import SurpriseWatch
 
@@ -378,8 +384,8 @@ class Monitor:
         is_unstable = self._risk is not None and self._risk.look()
         before, step = self._watch.seen, self._watch.step
         verdict = self._watch.judge(loss, is_unstable=is_unstable)
-        if self._surprise is not None:
-            self._surprise.note_step(step)
+        for watch in self._watches.values():
+            watch.note_step(step)
         seen = self._watch.seen
         if seen is None or seen is before:
             return verdict
@@ -407,8 +413,8 @@ class Monitor:
             if self._risk is not None:
                 self._own(self._risk.look_once_more)
             self._gate.remove()
-            if self._surprise is not None:
-                self._surprise.close()
+            for watch in self._watches.values():
+                self._safely(watch.close, None)
             self._safely(self._watch.history.finish, None)
             if self._noise is not None:
                 save = functools.partial(self._noise.save, self._journal.out_dir)
@@ -525,7 +531,7 @@ class Monitor:
             **self._watch.scores,
             **({} if self._risk is None else self._risk.telemetry()),
             **({} if self._noise is None else self._noise.telemetry()),
-            **({} if self._surprise is None else self._surprise.telemetry()),
+            **{k: v for watch in self._watches.values() for k, v in watch.telemetry().items()},
         )
 
     def _write_summary(self) -> dict[str, Any]:
