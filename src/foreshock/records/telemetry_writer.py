@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple, TypeAlias
 
 from foreshock.records.event_name import check_event_name
@@ -212,12 +211,7 @@ class TelemetryWriter:
     def __enter__(self) -> "TelemetryWriter":
         return self
 
-    def __exit__(
-        self,
-        exception_type: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def _start_thread(self) -> None:
