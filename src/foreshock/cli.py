@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from foreshock import bench as benchmarks
 from foreshock import records
 from foreshock.drill import results as drill_results
 from foreshock.drill.campaign import DrillOptions, broken_promises, quickened, run_drill
@@ -297,6 +298,40 @@ def info() -> None:
             for backend, said in explain(op, device).items():
                 table.add_row(f"{op} on {device}", f"{backend}: {said}")
     console.print(table)
+
+
+@app.command()
+def bench(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="Benchmarks; default: overhead, what the monitor costs a whole loop."),
+    ] = None,
+    is_list: Annotated[
+        bool, typer.Option("--list", help="Say which there are, and run none.")
+    ] = False,
+    out_dir: Annotated[
+        Path | None, typer.Option(help="Directory for the rows; default runs/bench-<time>.")
+    ] = None,
+) -> None:
+    """Measure on this machine what foreshock costs, beside what else there is.
+
+    Takes minutes for each benchmark. Exit code 0 if all of them ran, 1 if one failed.
+    """
+    console = Console()
+    try:
+        if is_list:
+            table = Table.grid(padding=(0, 2))
+            for name, what in benchmarks.descriptions().items():
+                table.add_row(Text(name, style="bold"), what)
+            console.print(table)
+            return
+        where = out_dir or Path(f"runs/bench-{datetime.now():%Y%m%d-%H%M%S}")
+        status = benchmarks.run(names or ["overhead"], where)
+    except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from None
+    console.print(f"rows: {where}/results", soft_wrap=True)
+    if status:
+        raise typer.Exit(1)
 
 
 _FILE = {"exists": True, "dir_okay": False, "readable": True}
