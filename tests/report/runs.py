@@ -34,7 +34,10 @@ def write_run(path: Path, steps: int = 40, name: str = "head.weight") -> Path:
     write_summary(path / "summary.json", summary(steps, name, head))
     write_summary(
         path / "config.json",
-        {"guard": {"mode": "recover", "persist_dir": None}, "versions": {"torch": "2.13.0", name: name}},
+        {
+            "guard": {"mode": "recover", "persist_dir": None},
+            "versions": {"torch": "2.13.0", name: name},
+        },
         redact=False,
     )
     return path

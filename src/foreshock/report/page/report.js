@@ -64,13 +64,13 @@ byId("theme").addEventListener("change", event => {
   document.documentElement.dataset.theme = event.target.value;
 });
 
-let closed = [];
+const closed = [];
 addEventListener("beforeprint", () => {
-  closed = [...document.querySelectorAll("details:not([open])")];
+  closed.push(...document.querySelectorAll("details:not([open])"));
   for (const details of closed) details.open = true;
 });
 addEventListener("afterprint", () => {
-  for (const details of closed) details.open = false;
+  for (const details of closed.splice(0)) details.open = false;
 });
 
 openCharts(JSON.parse(byId("data").textContent));
