@@ -28,8 +28,10 @@ _REFUSED = "the arguments are wrong"
 def _notes(*examples: str, done: str, failed: str | None = None, refused: str = _REFUSED) -> str:
     """What stands at the end of a command's help."""
     codes = [("0", done), ("1", failed), ("2", refused)]
-    told = [f"[bold]{code}[/]  {what}" for code, what in codes if what]
-    return "\n\n".join(["[bold]Examples[/]", *examples, "[bold]Exit codes[/]", *told])
+    told = [f"  [bold]{code}[/]  {what}" for code, what in codes if what]
+    shown = "\n".join(["[bold]Examples[/]", *(f"  {example}" for example in examples)])
+    # A paragraph that begins so keeps its lines.
+    return f"\b\n{shown}\n\n\b\n" + "\n".join(["[bold]Exit codes[/]", *told])
 
 
 app = typer.Typer(
