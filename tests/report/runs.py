@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from foreshock.records import Ledger, MetricsRecorder, TelemetryWriter, write_autopsy, write_summary
 
 HOSTILE = "</script><img src=x onerror=alert(1)><b>'\"&"
@@ -113,3 +115,13 @@ def add_other_series(path: Path) -> None:
     (path / "plots" / "loss.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     (path / "plots" / "loss.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
     (path / "plots" / "large.png").write_bytes(bytes(1_600_000))
+
+
+def add_layerwise(path: Path, name: str = "blocks.0") -> None:
+    """What `surprise.save_layerwise` saves: in the second layer one sample has no number."""
+    (path / "surprise").mkdir(exist_ok=True)
+    surprise_LN = np.array([[3.0, 1.0, 2.0, 9.0], [1.0, 1.0, np.nan, 2.0]], dtype=np.float32)
+    groups = np.array(["normal", "normal", "normal", "far"])
+    names = np.array([name, "blocks.1"])
+    file = path / "surprise" / "layers.npz"
+    np.savez_compressed(file, layers=names, surprise_LN=surprise_LN, groups=groups)

@@ -6,15 +6,24 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from foreshock.records import read_telemetry
 from foreshock.report import report_data
 from foreshock.report.curves import MAX_CURVES, MAX_LABELS, MAX_POINTS, Curves
 from foreshock.report.events import MAX_MARKS, MAX_ROWS, Events
+from foreshock.report.layerwise import read_layerwise
 from foreshock.report.risk import RiskBands
 from foreshock.report.telemetry import RunSeen
-from tests.report.runs import STRUCK_STEP, add_autopsy, add_other_series, loss_at, write_run
+from tests.report.runs import (
+    STRUCK_STEP,
+    add_autopsy,
+    add_layerwise,
+    add_other_series,
+    loss_at,
+    write_run,
+)
 
 
 @pytest.fixture
@@ -270,3 +279,43 @@ def test_steps_per_second_follow_from_the_times_and_not_across_a_pause() -> None
         seen.add({"event": event, "step": step, "time": time})
     (speed,) = curves.drawn()["curves"]
     assert speed["mean"] == [10.0, 20.0]
+
+
+def test_what_surprised_each_layer_is_shown_from_its_file(run: Path) -> None:
+    add_layerwise(run)
+    data = report_data(run)
+    (shown,) = data["layerwise"]
+    assert (shown["file"], shown["groups"]) == ("surprise/layers.npz", ["normal", "far"])
+    first, second = shown["layers"]
+    assert (first["name"], first["means"]) == ("blocks.0", [2.0, 9.0])
+    assert second["means"] == [1.0, 2.0]
+    ((first_shades, second_shades),) = data["drawing"]["shades"]
+    assert sorted(first_shades[:3]) == first_shades[:3]
+    assert (first_shades[0], first_shades[3]) == (0, 255)
+    assert second_shades.count(None) == 1
+
+
+def test_it_is_what_surprise_saves(tmp_path: Path) -> None:
+    import torch
+
+    from foreshock.surprise import save_layerwise
+
+    per_layer = {"a": torch.arange(1000.0), "b": torch.full((1000,), float("nan"))}
+    save_layerwise(tmp_path / "x.npz", per_layer)
+    found = read_layerwise(tmp_path / "x.npz")
+    assert found["groups"] == ["all"]
+    assert [layer["means"] for layer in found["layers"]] == [[499.5], [None]]
+    assert len(found["layers"][0]["shades"]) == 400
+    assert set(found["layers"][1]["shades"]) == {None}
+
+
+@pytest.mark.parametrize("break_it", [b"PK", b""], ids=["no zip", "empty"])
+def test_other_npz_files_are_left_alone_and_a_wrong_one_is_told(run: Path, break_it: bytes) -> None:
+    np.savez(run / "other.npz", x=np.zeros(3))
+    (run / "broken.npz").write_bytes(break_it)
+    assert report_data(run)["problems"] == []
+    wrong = {"layers": np.array(["a"]), "surprise_LN": np.zeros((2, 2)), "groups": np.array(["x"])}
+    np.savez(run / "wrong.npz", **wrong)  # type: ignore[arg-type]
+    assert report_data(run)["problems"] == [
+        "wrong.npz cannot be read: surprise_LN is float64 of (2, 2)"
+    ]

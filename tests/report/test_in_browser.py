@@ -15,6 +15,7 @@ from tests.report.runs import (
     HOSTILE,
     STRUCK_STEP,
     add_autopsy,
+    add_layerwise,
     add_other_series,
     loss_at,
     write_run,
@@ -46,6 +47,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = write_run(tmp_path_factory.mktemp("run"))
     add_autopsy(run)
     add_other_series(run)
+    add_layerwise(run)
     return write_report(run)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from foreshock.report import render, report_data, write_report
-from tests.report.runs import HOSTILE, add_autopsy, add_other_series, write_run
+from tests.report.runs import HOSTILE, add_autopsy, add_layerwise, add_other_series, write_run
 
 VOID = {"meta", "img", "input", "link", "br"}
 STYLE = Path(__file__).parents[2] / "src" / "foreshock" / "report" / "page" / "report.css"
@@ -61,6 +61,7 @@ def page_of(run: Path) -> Page:
 def run(tmp_path: Path) -> Path:
     add_autopsy(write_run(tmp_path / "run"))
     add_other_series(tmp_path / "run")
+    add_layerwise(tmp_path / "run")
     return tmp_path / "run"
 
 
@@ -128,6 +129,7 @@ def test_the_page_loads_nothing_and_allows_its_own_script_and_style_only(run: Pa
 def test_names_and_reasons_that_are_html_stay_text(tmp_path: Path) -> None:
     run = write_run(tmp_path / "<b>run", name=HOSTILE)
     add_autopsy(run, HOSTILE)
+    add_layerwise(run, HOSTILE)
     page = page_of(run)
     tags = {tag for tag, _ in page.elements}
     assert not tags & {"img", "b"}

@@ -36,7 +36,7 @@ def report_data(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
     files.other_curves(curves)
     summary, config = files.summary(), files.config()
     autopsies, more_autopsies = files.autopsies()
-    ledger, pictures = files.ledger(), files.pictures()
+    ledger, pictures, layerwise = files.ledger(), files.pictures(), files.layerwise()
     drawn = curves.drawn()
     problems = [*files.problems, *_losses(summary)]
     if curves.omitted:
@@ -52,6 +52,7 @@ def report_data(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
             "bands": seen.bands.bands(),
             "lanes": seen.events.marks(),
             "main": MAIN_CURVES,
+            "shades": [[layer.pop("shades") for layer in map_["layers"]] for map_ in layerwise],
         },
         "numbers": _numbers(drawn),
         "counts": dict(sorted(seen.events.counts.items())),
@@ -65,6 +66,7 @@ def report_data(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
         "overhead": _mapping(summary, "overhead"),
         "ledger": ledger,
         "settings": _settings(config),
+        "layerwise": layerwise,
         "pictures": pictures,
     }
 

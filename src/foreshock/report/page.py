@@ -29,6 +29,7 @@ _PARTS = {
     "overhead": "Overhead",
     "ledger": "Ledger",
     "files": "Files",
+    "layerwise": "Surprise by layer",
     "pictures": "Pictures",
     "settings": "Environment",
 }

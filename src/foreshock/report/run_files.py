@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from foreshock.records.strict_json import decode_nonfinite_texts
 from foreshock.records.telemetry_reader import parse_telemetry_line, scan_telemetry
 from foreshock.records.verification_story import tell_limits, tell_lines
 from foreshock.report.curves import Curves, is_step
+from foreshock.report.layerwise import is_layerwise, read_layerwise
 from foreshock.report.telemetry import RunSeen
 
 _SIGNS_OF_A_RUN = ("telemetry.jsonl", "summary.json", "ledger.jsonl", "config.json", "metrics")
@@ -138,6 +140,17 @@ class RunFiles:
                 picture["address"] = f"data:{_PICTURE_TYPES[path.suffix]};base64,{text}"
             pictures.append(picture)
         return pictures
+
+    def layerwise(self) -> list[dict[str, Any]]:
+        """How surprised the layers were by samples, wherever that was saved in the directory."""
+        found = []
+        for path in sorted([*self._path.glob("*.npz"), *self._path.glob("*/*.npz")]):
+            if is_layerwise(path):
+                try:
+                    found.append({"file": self._name(path)} | read_layerwise(path))
+                except (OSError, ValueError, zipfile.BadZipFile) as error:
+                    self.problems.append(f"{self._name(path)} cannot be read: {error}")
+        return found
 
     def _picture_paths(self) -> Iterator[Path]:
         for folder in _PICTURE_FOLDERS:

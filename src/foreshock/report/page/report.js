@@ -60,6 +60,19 @@ function folderOf(curve, drawing, folders) {
   return folders.get(kind);
 }
 
+/** A strip of shades, from near white to dark blue; where nothing was finite it is red. */
+function drawStrip(canvas, shades) {
+  canvas.width = shades.length;
+  const context = canvas.getContext("2d");
+  shades.forEach((shade, x) => {
+    const part = shade / 255;
+    const mix = (pale, dark) => Math.round(pale + (dark - pale) * part);
+    context.fillStyle = shade === null
+      ? "rgb(179 38 30)" : `rgb(${mix(240, 8)} ${mix(244, 48)} ${mix(250, 107)})`;
+    context.fillRect(x, 0, 1, 1);
+  });
+}
+
 byId("theme").addEventListener("change", event => {
   document.documentElement.dataset.theme = event.target.value;
 });
@@ -73,4 +86,8 @@ addEventListener("afterprint", () => {
   for (const details of closed.splice(0)) details.open = false;
 });
 
-openCharts(JSON.parse(byId("data").textContent));
+const drawing = JSON.parse(byId("data").textContent);
+openCharts(drawing);
+for (const canvas of document.querySelectorAll("canvas")) {
+  drawStrip(canvas, drawing.shades[canvas.dataset.map][canvas.dataset.layer]);
+}
