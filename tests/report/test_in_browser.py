@@ -27,6 +27,7 @@ CHROMIUM = next(
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
+METRICS_LOSS = "loss, metrics/training_metrics.json over steps"
 Opened = tuple[Any, list[str]]
 Open = Callable[..., Opened]
 
@@ -175,6 +176,16 @@ def test_dragging_zooms_and_a_double_click_shows_all(show: Open, report: Path) -
     assert page.locator("#range").text_content() == "steps 0 to 39"
 
 
+def test_each_layer_has_a_strip_of_its_samples(show: Open, report: Path) -> None:
+    page, _ = show(report)
+    strips = page.locator("canvas")
+    assert strips.evaluate_all("strips => strips.map(strip => strip.width)") == [4, 4]
+    pixels = "[...strip.getContext('2d').getImageData(0, 0, 4, 1).data]"
+    first = strips.first.evaluate(f"strip => {pixels}")
+    assert first[:4] == [240, 244, 250, 255]
+    assert first[12:] == [8, 48, 107, 255]
+
+
 def test_a_logarithmic_axis_can_be_had(show: Open, report: Path) -> None:
     page, _ = show(report)
     before = plot(page, "train_loss").locator("path.line").get_attribute("d")
@@ -194,7 +205,7 @@ def test_everything_is_reached_by_the_keyboard_and_the_focus_is_seen(
     assert page.evaluate("document.activeElement.closest('main') !== null")
     plot(page, "train_loss").focus()
     page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.getAttribute('aria-label')") == "loss over steps"
+    assert page.evaluate("document.activeElement.getAttribute('aria-label')") == METRICS_LOSS
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
 
 

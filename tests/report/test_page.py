@@ -6,10 +6,13 @@ import base64
 import hashlib
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 
@@ -17,7 +20,8 @@ from foreshock.report import render, report_data, write_report
 from tests.report.runs import HOSTILE, add_autopsy, add_layerwise, add_other_series, write_run
 
 VOID = {"meta", "img", "input", "link", "br"}
-STYLE = Path(__file__).parents[2] / "src" / "foreshock" / "report" / "page" / "report.css"
+ROOT = Path(__file__).parents[2]
+STYLE = ROOT / "src" / "foreshock" / "report" / "page" / "report.css"
 
 
 class Page(HTMLParser):
@@ -197,3 +201,16 @@ def test_the_names_of_levels_and_the_curves_can_be_read_over_their_colours(
     ground = known[f"risk-{level}"][theme]
     assert contrast(known["text"][theme], ground) >= 4.5
     assert contrast(known["accent"][theme], ground) >= 3
+
+
+# ---- where it is installed
+
+
+def test_the_wheel_holds_the_files_of_the_page(tmp_path: Path) -> None:
+    wheel = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+    options = ["--config-settings=wheel.cmake=false", "--wheel-dir", str(tmp_path)]
+    subprocess.run([*wheel, *options, str(ROOT)], check=True, capture_output=True)
+    (built,) = tmp_path.glob("*.whl")
+    held = {Path(name).name for name in ZipFile(built).namelist() if "/report/page/" in name}
+    assert held == {path.name for path in STYLE.parent.iterdir()}
+    assert len(held) == 4

@@ -15,7 +15,7 @@ MAX_LABELS = 24
 MAX_POINTS = 100_000
 """Of all curves together."""
 _FEWEST_POINTS = 256
-_AT_ONCE = 1024
+_AT_ONCE = 4096
 _NO_CURVES = frozenset({"step", "spectral_step", "surprise_step", "epoch", "schema_version"})
 
 
@@ -32,6 +32,7 @@ class Curves:
     def __init__(self) -> None:
         self.omitted = 0
         self._last_step = 0
+        self._num_pending = 0
         # By file and name; None stands for what is not drawn.
         self._columns: dict[str, dict[str, _Column | None]] = {}
         self._num_columns = 0
@@ -46,18 +47,23 @@ class Curves:
             record: its fields; those that are no numbers, and hold none by label, are passed over.
         """
         columns = self._columns.setdefault(source, {})
-        self._last_step = max(self._last_step, step)
+        if step > self._last_step:
+            self._last_step = step
         for name, value in record.items():
             kind = type(value)
             if kind is float or kind is int:
                 column = columns[name] if name in columns else self._open(columns, name)
                 if column is not None:
-                    column.append(step, value)
+                    column.steps.append(step)
+                    column.values.append(value)
                 elif name not in _NO_CURVES:
                     self.omitted += 1
             elif kind is dict:
                 for label, number in _numbers_in(value, name):
                     self._add_labelled(source, name, label, step, number)
+        self._num_pending += 1
+        if self._num_pending >= _AT_ONCE:
+            self._flush()
 
     def drawn(self) -> dict[str, Any]:
         """What the page needs.
@@ -68,6 +74,7 @@ class Curves:
             "nonfinite" (pairs of index and count)}, ...]}`; a mean is None where no value was
             finite.
         """
+        self._flush()
         limit = max(_FEWEST_POINTS, MAX_POINTS // max(1, self._num_columns))
         steps: dict[tuple[int, ...], int] = {}
         curves = []
@@ -75,12 +82,24 @@ class Curves:
             for name, column in columns.items():
                 if column is None:
                     continue
-                envelope = column.shrunk(limit)
-                buckets = envelope.buckets()
+                column.envelope.shrink(limit)
+                buckets = column.envelope.buckets()
                 place = steps.setdefault(tuple(bucket.step for bucket in buckets), len(steps))
-                curve = {"source": source, "name": name, "width": envelope.width, "steps": place}
+                curve = {
+                    "source": source,
+                    "name": name,
+                    "width": column.envelope.width,
+                    "steps": place,
+                }
                 curves.append(curve | _values(buckets))
         return {"last": self._last_step, "steps": [list(row) for row in steps], "curves": curves}
+
+    def _flush(self) -> None:
+        self._num_pending = 0
+        for columns in self._columns.values():
+            for column in columns.values():
+                if column is not None:
+                    column.flush()
 
     def _add_labelled(self, source: str, name: str, label: str, step: int, number: float) -> None:
         columns = self._columns[source]
@@ -106,25 +125,14 @@ class _Column:
     """One curve, and what has not been put into its envelope yet."""
 
     def __init__(self) -> None:
-        self._envelope = Envelope()
-        self._steps: list[int] = []
-        self._values: list[float] = []
+        self.envelope = Envelope()
+        self.steps: list[int] = []
+        self.values: list[float] = []
 
-    def append(self, step: int, value: float) -> None:
-        self._steps.append(step)
-        self._values.append(value)
-        if len(self._steps) >= _AT_ONCE:
-            self._flush()
-
-    def shrunk(self, limit: int) -> Envelope:
-        self._flush()
-        self._envelope.shrink(limit)
-        return self._envelope
-
-    def _flush(self) -> None:
-        self._envelope.add(self._steps, list(map(_as_float, self._values)))
-        self._steps.clear()
-        self._values.clear()
+    def flush(self) -> None:
+        self.envelope.add(self.steps, list(map(_as_float, self.values)))
+        self.steps.clear()
+        self.values.clear()
 
 
 def is_step(step: object) -> bool:

@@ -76,12 +76,14 @@ def _facts(seen: RunSeen, summary: Mapping[str, Any]) -> list[tuple[str, Any]]:
         ("steps", summary.get("total_steps")),
         ("last step written", seen.last_step),
         ("final loss", summary.get("final_loss")),
-        ("begun", seen.first_time),
-        ("last record", seen.last_time),
     ]
     first, last = moment_of(seen.first_time), moment_of(seen.last_time)
     if first is not None and last is not None:
-        facts.append(("duration", _duration((last - first).total_seconds())))
+        facts += [
+            ("begun", f"{first:%Y-%m-%d %H:%M:%S} UTC"),
+            ("last record", f"{last:%Y-%m-%d %H:%M:%S} UTC"),
+            ("duration", _duration((last - first).total_seconds())),
+        ]
     facts += [("telemetry records", seen.records), ("processes", seen.starts)]
     return [(label, value) for label, value in facts if value is not None]
 

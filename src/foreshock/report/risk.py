@@ -25,7 +25,7 @@ class RiskBands:
 
     def add(self, step: object, level: object) -> None:
         """Takes in that the level was this at a step."""
-        if is_step(step) and level in LEVELS:
+        if level is not None and level in LEVELS and is_step(step):
             assert isinstance(step, int)
             assert isinstance(level, str)
             steps, levels = self._pending

@@ -65,21 +65,20 @@ class RunSeen:
             return
         assert isinstance(step, int)
         self.last_step = step
-        self._curves.add(SOURCE, step, record)
+        self._curves.add(SOURCE, step, {**record, "steps_per_second": self._speed(step, record)})
         self.bands.add(step, record.get("risk_level"))
         self.layers.add(record)
-        moment = moment_of(record.get("time"))
-        if moment is not None:
-            self._add_speed(step, moment)
 
-    def _add_speed(self, step: int, moment: datetime) -> None:
+    def _speed(self, step: int, record: Mapping[str, Any]) -> float | None:
+        """Steps a second since the record before, where that can be told."""
+        moment = moment_of(record.get("time"))
+        if moment is None:
+            return None
         before, self._before = self._before, (step, moment)
         if before is None or step <= before[0]:
-            return
+            return None
         seconds = (moment - before[1]).total_seconds()
-        if seconds >= _SHORTEST_SECONDS:
-            speed = (step - before[0]) / seconds
-            self._curves.add(SOURCE, step, {"steps_per_second": speed})
+        return (step - before[0]) / seconds if seconds >= _SHORTEST_SECONDS else None
 
 
 def moment_of(time: object) -> datetime | None:

@@ -271,7 +271,8 @@ class Chart {
 /** One series, and behind it the levels of risk and what was done. */
 class CurveChart extends Chart {
   constructor(view, curve, steps, drawing) {
-    super(view, curve.name, 190, steps);
+    const file = curve.source === "telemetry.jsonl" ? "" : `, ${curve.source}`;
+    super(view, curve.name + file, 190, steps);
     Object.assign(this, {curve, drawing});
     this.low = curve.low ?? curve.mean;
     this.high = curve.high ?? curve.mean;
