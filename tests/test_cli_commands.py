@@ -152,3 +152,11 @@ def test_ctrl_c_ends_the_watch_with_0(tmp_path: Path) -> None:
         _, errors = watch.communicate(timeout=20)
     assert watch.returncode == 0
     assert errors == ""
+
+
+def test_the_list_of_faults_names_each() -> None:
+    from foreshock.drill.scenarios import SCENARIOS
+
+    code, said = typed("drill", "--list")
+    assert code == 0
+    assert [line.split()[0] for line in said.splitlines()[1:]] == list(SCENARIOS)

@@ -110,7 +110,9 @@ def add_other_series(path: Path) -> None:
         f'{{"step": {step}, "time": "2026-01-01T00:00:00.000Z", "rms": {{"mlp": {step}.5}}}}\n'
         for step in range(10)
     ]
-    (path / "monitoring" / "activations.jsonl").write_text("".join(lines) + '{"step": 10, "r')
+    (path / "monitoring" / "activations.jsonl").write_text(
+        "".join(lines) + '{"rms": 1}\n{"step": 10, "r'
+    )
     (path / "plots").mkdir(exist_ok=True)
     (path / "plots" / "loss.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     (path / "plots" / "loss.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")

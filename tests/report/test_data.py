@@ -180,7 +180,7 @@ def test_metrics_watchers_and_pictures_are_there(run: Path) -> None:
     rms = curve(data, "rms.mlp", "monitoring/activations.jsonl")
     assert rms["mean"] == [step + 0.5 for step in range(10)]
     assert data["problems"] == [
-        "monitoring/activations.jsonl: 1 line skipped, being no whole record"
+        "monitoring/activations.jsonl: 2 lines skipped, being no whole record"
     ]
     pictures = {picture["file"]: picture["address"] for picture in data["pictures"]}
     assert pictures["plots/loss.png"].startswith("data:image/png;base64,")
@@ -319,3 +319,20 @@ def test_other_npz_files_are_left_alone_and_a_wrong_one_is_told(run: Path, break
     assert report_data(run)["problems"] == [
         "wrong.npz cannot be read: surprise_LN is float64 of (2, 2)"
     ]
+
+
+def test_every_event_that_the_monitor_writes_has_a_sentence_and_a_row() -> None:
+    from foreshock import journal
+    from foreshock.records.event_sentence import event_sentence
+
+    for name in [*journal._EVENT_NAMES.values(), *journal._RESPONSE_NAMES.values()]:
+        events = Events()
+        events.add({"event": name, "step": 1})
+        (lane,) = events.marks()
+        is_answer = name in journal._RESPONSE_NAMES.values()
+        assert (lane["lane"] != "other events") or is_answer
+        assert (
+            (event_sentence({"event": name}) != name.replace("_", " "))
+            or is_answer
+            or (name == "autopsy")
+        )

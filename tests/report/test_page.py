@@ -90,9 +90,10 @@ def test_the_page_says_in_words_what_the_run_was(run: Path) -> None:
         "nothing is wrong with head.weight",
         "0.25 ms a step, 1.5 %",
         "complete up to line 1, the head in summary.json",
-        "monitoring/activations.jsonl: 1 line skipped",
+        "monitoring/activations.jsonl: 2 lines skipped",
         "Too large to be shown here",
         "2.13.0",
+        "INSTABILITY",
         "sha256:",
     ):
         assert said in " ".join(text.split()), said
@@ -213,4 +214,4 @@ def test_the_wheel_holds_the_files_of_the_page(tmp_path: Path) -> None:
     (built,) = tmp_path.glob("*.whl")
     held = {Path(name).name for name in ZipFile(built).namelist() if "/report/page/" in name}
     assert held == {path.name for path in STYLE.parent.iterdir()}
-    assert len(held) == 4
+    assert len(held) == 5

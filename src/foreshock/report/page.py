@@ -18,9 +18,10 @@ from foreshock.records import write_atomically
 from foreshock.records.strict_json import dump_json, to_json_value
 from foreshock.records.timestamp import format_utc
 from foreshock.report.data import report_data
+from foreshock.report.risk import LEVELS
 
 _FOLDER = Path(__file__).parent / "page"
-_SCRIPTS = ("chart.js", "report.js")
+_SCRIPTS = ("chart.js", "run_charts.js", "report.js")
 _PARTS = {
     "curves": "Curves and events",
     "actions": "What the guard did",
@@ -79,6 +80,7 @@ def render(data: dict[str, Any]) -> str:
             parts=[(id, title) for id, title in _PARTS.items() if data.get(id, True)],
             tone=_TONES.get(data["integrity"]["status"], "bad"),
             ledger_tone=_TONES.get(data["ledger"]["state"], "bad"),
+            levels=LEVELS,
             version=version("foreshock"),
             written=format_utc(time.time_ns()),
         )
