@@ -30,8 +30,9 @@ $(BUILD)/.installed: $(VENV)/.dependencies $(SOURCES)
 demo: setup
 	$(BIN)/foreshock demo
 
+# Threads that wait without spinning, since two processes share the cores.
 test: setup
-	FORESHOCK_STRICT=1 $(BIN)/python -m pytest
+	FORESHOCK_STRICT=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check .
