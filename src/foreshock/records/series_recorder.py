@@ -101,7 +101,7 @@ class SeriesRecorder:
             TypeError: step is no integer, or a value no number.
             ValueError: naming the argument, what came and what is accepted.
 
-        Cost: some microseconds and a tenth of one for each number. A tensor costs its `.item()`,
+        Cost: some three microseconds, and less than one for each number. A tensor costs its `.item()`,
             which waits for the device.
         """
         recent = self._recent.get(series)
