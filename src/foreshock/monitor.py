@@ -411,11 +411,12 @@ class Monitor:
         begun = self._journal.begin()
         try:
             value = loss if self._lags(loss) else _as_number(loss, "loss")
-            self._logits.offered = _checked_logits(logits)
-            self._attention.offered = _checked_attention(attention_logits)
+            self._logits.offer(logits)
+            self._attention.offer(attention_logits)
             return self._safely(lambda: self._judge(value), Verdict(self._watch.step))
         finally:
-            self._logits.offered = self._attention.offered = None  # not kept alive
+            self._logits.offer(None)  # not to keep them alive
+            self._attention.offer(None)
             self._journal.end(begun)
 
     def _lags(self, loss: torch.Tensor | float) -> bool:
@@ -623,26 +624,6 @@ def _checked_state(state: Mapping[str, Stateful]) -> Mapping[str, Stateful]:
         if name in RESERVED_NAMES:
             raise ValueError(f"state has the key {name!r}, which is taken; accepted: another name")
     return state
-
-
-def _checked_logits(logits: torch.Tensor | None) -> torch.Tensor | None:
-    is_right = logits is None or isinstance(logits, torch.Tensor)
-    _require(is_right, "logits", logits, "a tensor or None")
-    return logits
-
-
-def _checked_attention(
-    given: torch.Tensor | Mapping[str, torch.Tensor] | None,
-) -> Mapping[str, torch.Tensor] | None:
-    if given is None:
-        return None
-    of_layers = {"attention": given} if isinstance(given, torch.Tensor) else given
-    are_tensors = isinstance(of_layers, Mapping) and all(
-        isinstance(logits, torch.Tensor) for logits in of_layers.values()
-    )
-    accepted = "a tensor, a mapping from layers to tensors, or None"
-    _require(are_tensors, "attention_logits", given, accepted)
-    return of_layers
 
 
 def _as_number(value: torch.Tensor | float, name: str) -> float:

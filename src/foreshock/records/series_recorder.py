@@ -101,8 +101,8 @@ class SeriesRecorder:
             TypeError: step is no integer, or a value no number.
             ValueError: naming the argument, what came and what is accepted.
 
-        Cost: some three microseconds, and less than one for each number. A tensor costs its `.item()`,
-            which waits for the device.
+        Cost: some three microseconds, and less than one for each number. A tensor costs its
+            `.item()`, which waits for the device.
         """
         recent = self._recent.get(series)
         if recent is None:
