@@ -431,6 +431,9 @@ class Monitor:
         self._journal.steps_run += 1
         is_unstable = self._risk is not None and self._risk.look()
         before, step = self._watch.seen, self._watch.step
+        if self._metrics is not None:
+            source, factor = self._watch.history.source, self._watch.learning_rate.factor
+            self._metrics.note_step(step, None if source is None else source.epoch, factor)
         verdict = self._watch.judge(loss, is_unstable=is_unstable)
         for watch in self._watches.values():
             watch.note_step(step)
@@ -440,9 +443,7 @@ class Monitor:
         if self._noise is not None:
             self._noise.note_step(seen.loss, seen.finding.norm)
         if self._metrics is not None:
-            source, factor = self._watch.history.source, self._watch.learning_rate.factor
-            epoch = 0 if source is None else source.epoch
-            self._metrics.record(seen.step, epoch, seen.loss, seen.finding.norm, factor)
+            self._metrics.note_seen(seen)
         is_burst = self._risk is not None and self._risk.calls_for_telemetry
         if is_burst or seen.step % self._settings.telemetry_interval == 0:
             self._record_telemetry(seen)
@@ -472,6 +473,7 @@ class Monitor:
                 save = functools.partial(self._noise.save, self._journal.out_dir)
                 self._safely(save, None)
             if self._metrics is not None:
+                self._metrics.note_seen(self._watch.seen)  # a verdict may come a step late
                 self._safely(self._metrics.close, None)
             self._journal.close()
             self._summary = self._write_summary()
