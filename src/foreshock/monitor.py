@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
@@ -41,6 +41,7 @@ from foreshock.spectral_risk import SpectralRisk
 from foreshock.step_watch import StepWatch
 
 if TYPE_CHECKING:
+    from foreshock.sinks import Sink
     from foreshock.surprise import SurpriseProbe
 
 __all__ = ["Monitor", "MonitorSettings", "Verdict"]
@@ -59,7 +60,7 @@ class MonitorSettings(Settings):
     """Cadence of the monitor; what may be done about a bad step is `Guard`'s."""
 
     accepted_beside: ClassVar[tuple[str, ...]] = (
-        "model", "optimizer", "out_dir", "guard", "state", "surprise", "sync"
+        "model", "optimizer", "out_dir", "guard", "state", "surprise", "sinks", "sync"
     )  # fmt: skip
 
     telemetry_interval: PositiveInt = 10
@@ -130,6 +131,8 @@ class Monitor:
         spectral_interval: steps between looks at them.
         surprise: a probe of this model, fitted to what it knew before; now and then it listens to a
             step, and telemetry says how unlike that the batch was.
+        sinks: further places for what telemetry.jsonl is given, such as `fs.sinks.TensorBoard`;
+            they are closed when the run ends.
         sync: whether the verdict is always that of the present step. On a CUDA device it is that of
             the step before where the optimizer is fused, or the guard only observes.
         more: the other fields of `MonitorSettings`; one that is unknown is answered with the
@@ -156,6 +159,7 @@ class Monitor:
         spectral_enabled: bool = True,
         spectral_interval: int = 50,
         surprise: SurpriseProbe | None = None,
+        sinks: Sequence[Sink] = (),
         sync: bool = False,
         **more: Any,
     ) -> None:
@@ -184,7 +188,7 @@ class Monitor:
         watch = LaggingWatch if lags else Watch
         self._watch = watch(model, optimizer, state, self._guard, self._record)
         self._risk = None if spectra is None else self._make_risk(spectra)
-        self._journal = Journal(out_dir, self._config(spectra))
+        self._journal = Journal(out_dir, self._config(spectra), sinks)
         self._summary: dict[str, Any] | None = None
         self._has_failed_inside = False
         self._gate = StepGate(
