@@ -44,8 +44,10 @@ class TensorBoard:
             return
         again_from = _runs_again_from(record)
         if again_from is not None:
-            self._writer.close()
-            self._writer = self._open(again_from)
+            self._writer.flush()
+            # Only then: a writer that is closed opens a file of its own for every record it gets.
+            before, self._writer = self._writer, self._open(again_from)
+            before.close()
         self._writer.add_text(f"foreshock/{record['event']}", sentence_of(record), record["step"])
 
     def close(self) -> None:
