@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import wandb
+from google.protobuf.message import DecodeError
 from wandb.proto import wandb_internal_pb2
 
 from foreshock.sinks import WandB
@@ -20,10 +23,23 @@ from tests.sinks import story
 _BLOCK = 32768
 
 
-def records(folder: Path) -> Iterator[wandb_internal_pb2.Record]:
-    """Of the one run in a folder. The client has no reader; the format is LevelDB's log."""
-    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
-    data, at, whole = file.read_bytes(), 7, b""
+def records(folder: Path) -> list[wandb_internal_pb2.Record]:
+    """Of the one run in a folder. Its file is written by another process, which outlives `finish`
+    by a moment."""
+    deadline = time.monotonic() + 20
+    found: list[wandb_internal_pb2.Record] = []
+    while not (found and found[-1].HasField("exit")):
+        assert time.monotonic() < deadline, "the run has no end"
+        (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+        with contextlib.suppress(struct.error, DecodeError):  # cut off where it is being written
+            found = list(parsed(file.read_bytes()))
+        time.sleep(0.05)
+    return found
+
+
+def parsed(data: bytes) -> Iterator[wandb_internal_pb2.Record]:
+    """The client has no reader; the format is LevelDB's log."""
+    at, whole = 7, b""
     while at < len(data):
         if _BLOCK - at % _BLOCK < 7:
             at += _BLOCK - at % _BLOCK

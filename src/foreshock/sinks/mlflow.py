@@ -53,6 +53,7 @@ class MLflow:
         self.run_id = run_id
         """Of the run that is logged to."""
         self._counts: Counter[str] = Counter()
+        self._last_ms = 0
 
     def write(self, record: Record) -> None:
         """Logs its numbers, or counts it and keeps what it says."""
@@ -65,7 +66,8 @@ class MLflow:
         self._client.set_tag(self.run_id, _allowed(name), sentence_of(record))
 
     def _log(self, record: Record, numbers: dict[tuple[str, ...], float]) -> None:
-        time_ms = _milliseconds(record["time"])
+        # Of two values of one step MLflow takes the later, and in one millisecond the larger.
+        self._last_ms = time_ms = max(_milliseconds(record["time"]), self._last_ms + 1)
         metrics = [
             self._metric(_allowed("/".join(name)), number, time_ms, record["step"])
             for name, number in numbers.items()
