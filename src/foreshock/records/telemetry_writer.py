@@ -80,7 +80,7 @@ class TelemetryWriter:
         run_info: fields of the start record, such as versions and ranks.
         ledger: what `write_to_ledger` appends to; the writer closes it when it is closed itself.
         tell: called on the thread with each record but the start record, as `read_telemetry` will
-            give it, whether or not the disk takes it. It must not wait.
+            give it, whether or not the disk takes it. It must neither wait nor raise.
 
     Raises:
         TypeError: an argument is of the wrong type.
