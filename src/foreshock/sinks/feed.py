@@ -90,8 +90,10 @@ class SinkFeed:
         try:
             self._sink.write(record)
             self._num_written += 1
-        except Exception as error:  # one record that fails must not end the thread
+        except BaseException as error:
             self._lose(1, _spelt_out(error))
+            if not isinstance(error, Exception):  # else it must not end the thread
+                raise
 
     def _give_up(self, reason: str) -> None:
         self._lose(len(self._queue.close_and_empty()), reason)
