@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from foreshock.records import (
     write_summary,
 )
 from foreshock.records.strict_json import dump_json, to_json_object
+from foreshock.sinks import Sink, SinkFeeds
 
 _log = logging.getLogger("foreshock")
 
@@ -71,30 +72,39 @@ class Journal:
     Args:
         out_dir: the run's directory; made if it is not there.
         config: the resolved configuration, for config.json.
+        sinks: which are given what telemetry.jsonl is given; closed with the journal.
     Raises:
-        TypeError: out_dir is no path.
+        TypeError: out_dir is no path; sinks holds what is no sink.
         OSError: out_dir cannot be written to; says so.
     Cost:
-        A thread, and another one once there is a series, asleep while there is nothing to write.
-        Nothing after construction waits for the disk but `close` and `write_summary`, and nothing
-        raises because of it.
+        A thread, one more for each sink, and another one once there is a series, asleep while
+        there is nothing to write. Nothing after construction waits for the disk but `close` and
+        `write_summary`, or for a sink but `close`, and nothing raises because of them.
     """
 
-    def __init__(self, out_dir: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        out_dir: str | os.PathLike[str],
+        config: Mapping[str, Any],
+        sinks: Sequence[Sink] = (),
+    ) -> None:
         if not isinstance(out_dir, str | os.PathLike) or not os.fspath(out_dir):
             raise TypeError(f"out_dir is {out_dir!r}; accepted: the path of a directory")
         self.out_dir = Path(out_dir)
         """The run's directory."""
+        self._sinks = SinkFeeds(sinks)
         try:
             self.out_dir.mkdir(parents=True, exist_ok=True)
             write_atomically(self.out_dir / "config.json", dump_json(to_json_object(config)))
             self._ledger = self._open_ledger()
-            self._telemetry = TelemetryWriter(self.out_dir / "telemetry.jsonl", ledger=self._ledger)
+            path = self.out_dir / "telemetry.jsonl"
+            self._telemetry = TelemetryWriter(path, ledger=self._ledger, tell=self._sinks.put)
         except OSError as error:
             # The class of the error follows from its number.
             why = f"out_dir cannot be written to ({error.strerror}); accepted: a directory that can"
             raise OSError(error.errno, why, str(self.out_dir)) from error
         self._series = SeriesRecorder(self.out_dir)
+        self._sinks.start()
         self._counts: Counter[type] = Counter()
         self._num_unledgered = 0
         self._abort: dict[str, Any] | None = None
@@ -206,9 +216,10 @@ class Journal:
     # ---- the end
 
     def close(self) -> None:
-        """Ends telemetry.jsonl, ledger.jsonl and the series."""
+        """Ends telemetry.jsonl, ledger.jsonl and the series, and closes the sinks."""
         self._telemetry.close()
         self._series.close()
+        self._sinks.close()
 
     def write_summary(
         self,
@@ -233,6 +244,7 @@ class Journal:
             "lost_ledger_records": (
                 self._num_unledgered if self._ledger is None else self._ledger.lost_records
             ),
+            "sinks": self._sinks.report(),
         }
         try:
             write_summary(self.out_dir / "summary.json", summary)

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
@@ -44,6 +44,7 @@ from foreshock.spectral_risk import SpectralRisk
 from foreshock.step_watch import StepWatch, shielded
 
 if TYPE_CHECKING:
+    from foreshock.sinks import Sink
     from foreshock.surprise import SurpriseProbe
 
 __all__ = ["Monitor", "MonitorSettings", "Verdict"]
@@ -62,7 +63,7 @@ class MonitorSettings(Settings):
     """Cadence of the monitor; what may be done about a bad step is `Guard`'s."""
 
     accepted_beside: ClassVar[tuple[str, ...]] = (
-        "model", "optimizer", "out_dir", "guard", "state", "surprise", "sync",
+        "model", "optimizer", "out_dir", "guard", "state", "surprise", "sinks", "sync",
         "save_metrics", "save_metrics_steps",
     )  # fmt: skip
 
@@ -143,6 +144,8 @@ class Monitor:
         save_metrics: whether loss, learning rate and gradient norm of every step are recorded, in
             `metrics`, and drawn in the end, in `plots`.
         save_metrics_steps: steps between writing them.
+        sinks: further places for what telemetry.jsonl is given, such as `fs.sinks.TensorBoard`;
+            they are closed when the run ends.
         sync: whether the verdict is always that of the present step. On a CUDA device it is that of
             the step before where the optimizer is fused, or the guard only observes.
         more: the other fields of `MonitorSettings`; one that is unknown is answered with the
@@ -171,6 +174,7 @@ class Monitor:
         surprise: SurpriseProbe | None = None,
         save_metrics: bool = False,
         save_metrics_steps: int = 10,
+        sinks: Sequence[Sink] = (),
         sync: bool = False,
         **more: Any,
     ) -> None:
@@ -205,7 +209,7 @@ class Monitor:
         watch = LaggingWatch if lags else Watch
         self._watch = watch(model, optimizer, state, self._guard, self._record)
         self._risk = None if spectra is None else self._make_risk(spectra)
-        self._journal = Journal(out_dir, self._config(spectra))
+        self._journal = Journal(out_dir, self._config(spectra), sinks)
         self._metrics = self._make_metrics(model)
         self._summary: dict[str, Any] | None = None
         self._has_failed_inside = False

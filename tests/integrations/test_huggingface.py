@@ -229,3 +229,21 @@ def test_a_wrong_setting_is_an_error_that_names_it(tmp_path: Path) -> None:
         trainer(tmp_path, monitor_callback(tmp_path, spectral_intervall=3), max_steps=1).train()
     with pytest.raises((TypeError, ValueError), match="snapshot_interval"):
         huggingface.MonitorCallback(tmp_path, guard_snapshot_interval=0)
+
+
+def test_sinks_are_given_what_telemetry_is_given(tmp_path: Path) -> None:
+    class Kept:
+        def __init__(self) -> None:
+            self.steps: list[int] = []
+
+        def write(self, record: Any) -> None:
+            self.steps.append(record["step"])
+
+        def close(self) -> None:
+            self.steps.append(-1)
+
+    kept = Kept()
+    callback = monitor_callback(tmp_path, sinks=[kept])
+    trainer(tmp_path, callback, max_steps=6).train()
+    assert kept.steps == [0, 5, -1]
+    assert callback.summary["sinks"]["Kept"] == {"written": 2, "dropped": 0, "error": None}
