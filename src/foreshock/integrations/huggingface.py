@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import (
@@ -31,12 +31,14 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]
     >>> trainer = Trainer(model, args, callbacks=[MonitorCallback(out_dir="runs/x")], ...)
     >>> trainer.train()
 
-    A step of the monitor is one update of the Trainer: the loss is that of its training step,
-    summed over the gradients that are accumulated. Gradients are looked at before they are clipped:
-    by the Trainer where the guard only observes, which changes no bit of what is learned; else by
-    the monitor, whose norm is that of the same pass. An update that is not to be made never reaches
-    the optimizer. A rollback restores model, optimizer, scheduler, GradScaler and random numbers;
-    the Trainer goes on with its next batch. It is told to stop when the guard gives up.
+    A step of the monitor is one update of the Trainer, with the number that `state.global_step` has
+    when it begins: from 0, or from that of the checkpoint that is resumed from. The loss is that of
+    its training step, summed over the gradients that are accumulated. Gradients are looked at
+    before they are clipped: by the Trainer where the guard only observes, which changes no bit of
+    what is learned; else by the monitor, whose norm is that of the same pass. An update that is not
+    to be made never reaches the optimizer, and counts as a step. A rollback restores model,
+    optimizer, scheduler, GradScaler and random numbers; the Trainer goes on with its next batch and
+    counts on, and so does the monitor. The Trainer is told to stop when the guard gives up.
 
     `logging_nan_inf_filter`, which hides a loss that is NaN behind the mean of those before and
     waits for the device in every step, is switched off.
@@ -52,10 +54,13 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]
         spectral_enabled: whether the spectra of the weights are followed.
         spectral_interval: steps between looks at them.
         telemetry_interval: steps between telemetry records.
+        parameters: trainable: only parameters that require a gradient are scanned and copied, which
+            of a model with adapters are few. all: frozen ones too.
         guard: the other fields of `foreshock.Guard`, by name.
         more: the other settings of `foreshock.Monitor`.
     Raises:
-        TypeError, ValueError: naming the argument, what was given and what is accepted.
+        TypeError, ValueError: naming the argument, what was given and what is accepted; when
+            training begins also a guard that is enabled under an engine that shards.
         OSError: out_dir cannot be written to; when training begins.
     Cost:
         That of `foreshock.Monitor`.
@@ -73,6 +78,7 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]
         spectral_enabled: bool = True,
         spectral_interval: int = 50,
         telemetry_interval: int = 10,
+        parameters: Literal["trainable", "all"] = "trainable",
         guard: dict[str, Any] | None = None,
         **more: Any,
     ) -> None:
@@ -89,6 +95,7 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]
             "spectral_enabled": spectral_enabled,
             "spectral_interval": spectral_interval,
             "telemetry_interval": telemetry_interval,
+            "parameters": parameters,
             **more,
         }
         self._attached: _Attached | None = None
@@ -116,18 +123,27 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]
             )
             args.logging_nan_inf_filter = False
         trainer = _trainer_of_this_call()
-        only_observes = self._guard.mode == "observe"
-        self._attached = _Attached(
-            trainer, self._make_monitor(trainer), only_observes=only_observes
-        )
+        is_observer = self._guard.mode == "observe"
+        why = _why_unguarded(trainer.accelerator.distributed_type.value, trainer.model)
+        if why is not None and not is_observer:
+            raise ValueError(f"guard_enabled is True, but {why}; accepted: False, to observe only")
+        if why is not None:
+            _log.warning("%s; telemetry has no more than that", why)
+        self._attached = _Attached(trainer, self._make_monitor(trainer), is_observer=is_observer)
 
     def _make_monitor(self, trainer: Trainer) -> Monitor:
         state = {"scheduler": trainer.lr_scheduler}
         if isinstance(trainer.accelerator.scaler, torch.amp.GradScaler):
             state["scaler"] = trainer.accelerator.scaler
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        optimizer = _innermost(trainer.optimizer)
-        return Monitor(model, optimizer, self._out_dir, self._guard, state=state, **self._settings)
+        return Monitor(
+            trainer.accelerator.unwrap_model(trainer.model),
+            _innermost(trainer.optimizer),
+            self._out_dir,
+            self._guard,
+            state=state,
+            first_step=trainer.state.global_step,
+            **self._settings,
+        )
 
     def on_pre_optimizer_step(
         self,
@@ -170,20 +186,23 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]
 class _Attached:
     """A monitor on a Trainer, until `close`.
 
-    Callbacks come after the Trainer has clipped and are told of no loss, so three of the Trainer's
-    own calls go through here: a training step, the accelerator's clip, and what is logged.
+    Callbacks come after the Trainer has clipped and are told of no loss, so some of the Trainer's
+    own calls go through here: a training step, the accelerator's clip and what it does of a
+    GradScaler's factor, and what is logged.
     """
 
-    def __init__(self, trainer: Trainer, monitor: Monitor, *, only_observes: bool) -> None:
+    def __init__(self, trainer: Trainer, monitor: Monitor, *, is_observer: bool) -> None:
         self.monitor = monitor
-        self._only_observes = only_observes
+        self._is_observer = is_observer
         self.verdict: Verdict | bool = True
         self._trainer = trainer
         self._loss: torch.Tensor | None = None
+        self._is_unscaled = False
         self._wrapped: list[tuple[Any, str, bool, Any]] = []
         self._wrap(trainer, "training_step", self._training_step)
         self._wrap(trainer, "log", self._log)
         self._wrap(trainer.accelerator, "clip_grad_norm_", self._clip_grad_norm_)
+        self._wrap(trainer.accelerator, "unscale_gradients", self._unscale_gradients)
         _let_scaler_step_through_the_gate(trainer.optimizer)
 
     def _wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
@@ -207,7 +226,9 @@ class _Attached:
         """Of the update that is about to be made."""
         loss, self._loss = self._loss, None
         if loss is not None:
+            self._trainer.accelerator.unscale_gradients()  # where nothing is clipped
             self.verdict = self.monitor.step(loss)
+        self._is_unscaled = False
 
     def _training_step(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         loss = inner(*args, **kwargs)
@@ -217,12 +238,16 @@ class _Attached:
     def _clip_grad_norm_(
         self, inner: Callable[..., Any], parameters: Any, max_norm: float, norm_type: float = 2
     ) -> Any:
-        accelerator = self._trainer.accelerator
-        is_plain = accelerator.distributed_type in ("NO", "MULTI_GPU", "MULTI_CPU")
-        if self._only_observes or not is_plain:
+        self._trainer.accelerator.unscale_gradients()
+        if self._is_observer:
             return self.monitor.clipped_by(lambda: inner(parameters, max_norm, norm_type))
-        accelerator.unscale_gradients()
         return self.monitor.clip_grad_norm_(max_norm, float(norm_type))
+
+    def _unscale_gradients(self, inner: Callable[..., Any], *args: Any) -> None:
+        """Once an update: a GradScaler refuses a second time."""
+        if not self._is_unscaled:
+            inner(*args)
+        self._is_unscaled = True
 
     def _log(
         self, inner: Callable[..., Any], logs: dict[str, Any], *args: Any, **kwargs: Any
@@ -231,9 +256,28 @@ class _Attached:
 
     def _told(self) -> dict[str, float]:
         """For the Trainer's trackers, which take numbers."""
-        latest = self.monitor.latest
-        numbers = {k: v for k, v in latest.items() if isinstance(v, int | float)}
+        told = {**self.monitor.latest, **self.monitor.counts}
+        numbers = {k: v for k, v in told.items() if isinstance(v, int | float)}
         return {f"foreshock/{name}": float(value) for name, value in numbers.items()}
+
+
+_UNGUARDED = {
+    "FSDP": "a process sees but its own part of parameters and gradients, and its norm",
+    "MEGATRON_LM": "a process sees but its own part of parameters and gradients, and its norm",
+    "DEEPSPEED": "gradients are kept by the engine (p.grad is None), and none are seen",
+    "XLA": "gradients are not added up over the processes until the engine clips them",
+}
+"""What keeps the guard from acting under an engine of accelerate, and is true of telemetry too."""
+
+
+def _why_unguarded(engine: str, model: torch.nn.Module) -> str | None:
+    """In plain words, why bad updates cannot be withheld nor clipped here; None if they can."""
+    distributed: Any = sys.modules.get("torch.distributed.tensor")
+    if distributed is not None and any(
+        isinstance(p, distributed.DTensor) for p in model.parameters()
+    ):
+        return f"parameters are distributed ({engine}): {_UNGUARDED['FSDP']}"
+    return f"under {engine} {_UNGUARDED[engine]}" if engine in _UNGUARDED else None
 
 
 def _trainer_of_this_call() -> Trainer:
