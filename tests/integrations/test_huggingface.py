@@ -8,9 +8,8 @@ import math
 from pathlib import Path
 
 import pytest
-import torch
 
-from foreshock.records import read_telemetry, verify
+from foreshock.records import verify
 from tests.integrations.trainers import (
     WEIGHT,
     have_equal_bits,
@@ -115,9 +114,13 @@ def test_a_nan_in_a_gradient_at_step_50_is_named_and_its_update_withheld(tmp_pat
     ],
     ids=lambda given: next(iter(given)),
 )
-@pytest.mark.parametrize(("strike", "event"), [
-    ("strikes", "rollback_success"), ("strikes_after", "update_skipped"),
-])
+@pytest.mark.parametrize(
+    ("strike", "event"),
+    [
+        ("strikes", "rollback_success"),
+        ("strikes_after", "update_skipped"),
+    ],
+)
 def test_whatever_the_trainer_is_told_the_offender_is_named_and_stays_out(
     tmp_path: Path, given: dict[str, object], strike: str, event: str
 ) -> None:

@@ -69,6 +69,7 @@ def trainer(
     model: nn.Module | None = None,
     strikes: dict[int, Strike] | None = None,
     strikes_after: dict[int, Strike] | None = None,
+    eval_dataset: Any = None,
     **given: Any,
 ) -> Any:
     arguments = {
@@ -83,7 +84,13 @@ def trainer(
         **given,
     }
     args = transformers.TrainingArguments(output_dir=str(out_dir / "trainer"), **arguments)
-    made = Striking(model or gpt2(), args, train_dataset=Text(), callbacks=list(callbacks))
+    made = Striking(
+        model or gpt2(),
+        args,
+        train_dataset=Text(),
+        eval_dataset=eval_dataset,
+        callbacks=list(callbacks),
+    )
     made.strikes, made.strikes_after = dict(strikes or {}), dict(strikes_after or {})
     return made
 

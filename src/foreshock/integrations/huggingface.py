@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from transformers import (
@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from foreshock.guard import Guard, Verdict
+from foreshock.integrations.accelerate import let_scaler_step_through_the_gate, watch
 from foreshock.monitor import Monitor
 
 _log = logging.getLogger("foreshock")
@@ -124,23 +125,16 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]
             args.logging_nan_inf_filter = False
         trainer = _trainer_of_this_call()
         is_observer = self._guard.mode == "observe"
-        why = _why_unguarded(trainer.accelerator.distributed_type.value, trainer.model)
-        if why is not None and not is_observer:
-            raise ValueError(f"guard_enabled is True, but {why}; accepted: False, to observe only")
-        if why is not None:
-            _log.warning("%s; telemetry has no more than that", why)
         self._attached = _Attached(trainer, self._make_monitor(trainer), is_observer=is_observer)
 
     def _make_monitor(self, trainer: Trainer) -> Monitor:
-        state = {"scheduler": trainer.lr_scheduler}
-        if isinstance(trainer.accelerator.scaler, torch.amp.GradScaler):
-            state["scaler"] = trainer.accelerator.scaler
-        return Monitor(
-            trainer.accelerator.unwrap_model(trainer.model),
-            _innermost(trainer.optimizer),
+        return watch(
+            trainer.accelerator,
+            trainer.model,
+            trainer.optimizer,
             self._out_dir,
             self._guard,
-            state=state,
+            state={"scheduler": trainer.lr_scheduler},
             first_step=trainer.state.global_step,
             **self._settings,
         )
@@ -183,6 +177,14 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]
             self.summary = attached.close()
 
 
+class _Wrapped(NamedTuple):
+    owner: Any
+    name: str
+    before: Any
+    """What the owner had under this name for itself; None: nothing, but its class had."""
+    ours: Any
+
+
 class _Attached:
     """A monitor on a Trainer, until `close`.
 
@@ -198,28 +200,35 @@ class _Attached:
         self._trainer = trainer
         self._loss: torch.Tensor | None = None
         self._is_unscaled = False
-        self._wrapped: list[tuple[Any, str, bool, Any]] = []
+        self._wrapped: list[_Wrapped] = []
+        self._is_closed = False
         self._wrap(trainer, "training_step", self._training_step)
         self._wrap(trainer, "log", self._log)
         self._wrap(trainer.accelerator, "clip_grad_norm_", self._clip_grad_norm_)
         self._wrap(trainer.accelerator, "unscale_gradients", self._unscale_gradients)
-        _let_scaler_step_through_the_gate(trainer.optimizer)
 
     def _wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
         inner = getattr(owner, name)
-        self._wrapped.append((owner, name, name in vars(owner), inner))
-        setattr(owner, name, functools.wraps(inner)(functools.partial(around, inner)))
+
+        @functools.wraps(inner)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return inner(*args, **kwargs) if self._is_closed else around(inner, *args, **kwargs)
+
+        self._wrapped.append(_Wrapped(owner, name, vars(owner).get(name), call))
+        setattr(owner, name, call)
 
     def close(self) -> dict[str, Any]:
-        """Puts back what was wrapped."""
-        for owner, name, was_own, inner in reversed(self._wrapped):
-            if was_own:
-                setattr(owner, name, inner)
-            else:
+        """Puts back what was wrapped; where somebody has wrapped ours since, ours lets all pass."""
+        self._is_closed = True
+        for owner, name, before, ours in self._wrapped:
+            if vars(owner).get(name) is not ours:
+                continue
+            if before is None:
                 delattr(owner, name)
-        self._wrapped = []
+            else:
+                setattr(owner, name, before)
         summary = self.monitor.finalize()
-        _let_scaler_step_through_the_gate(self._trainer.optimizer)
+        let_scaler_step_through_the_gate(self._trainer.optimizer)
         return summary
 
     def judge(self) -> None:
@@ -261,25 +270,6 @@ class _Attached:
         return {f"foreshock/{name}": float(value) for name, value in numbers.items()}
 
 
-_UNGUARDED = {
-    "FSDP": "a process sees but its own part of parameters and gradients, and its norm",
-    "MEGATRON_LM": "a process sees but its own part of parameters and gradients, and its norm",
-    "DEEPSPEED": "gradients are kept by the engine (p.grad is None), and none are seen",
-    "XLA": "gradients are not added up over the processes until the engine clips them",
-}
-"""What keeps the guard from acting under an engine of accelerate, and is true of telemetry too."""
-
-
-def _why_unguarded(engine: str, model: torch.nn.Module) -> str | None:
-    """In plain words, why bad updates cannot be withheld nor clipped here; None if they can."""
-    distributed: Any = sys.modules.get("torch.distributed.tensor")
-    if distributed is not None and any(
-        isinstance(p, distributed.DTensor) for p in model.parameters()
-    ):
-        return f"parameters are distributed ({engine}): {_UNGUARDED['FSDP']}"
-    return f"under {engine} {_UNGUARDED[engine]}" if engine in _UNGUARDED else None
-
-
 def _trainer_of_this_call() -> Trainer:
     """The Trainer that calls the callback, which it hides from callbacks."""
     frame = sys._getframe(1)
@@ -289,21 +279,3 @@ def _trainer_of_this_call() -> Trainer:
             return owner
         frame = frame.f_back  # type: ignore[assignment]
     raise RuntimeError("MonitorCallback was called by no Trainer; accepted: Trainer(callbacks=[…])")
-
-
-def _innermost(optimizer: Any) -> torch.optim.Optimizer:
-    """What accelerate has wrapped."""
-    while not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
-def _let_scaler_step_through_the_gate(optimizer: Any) -> None:
-    """With a GradScaler, accelerate calls the step that the optimizer had when it was prepared."""
-    if getattr(optimizer, "scaler", None) is None:
-        return
-    from accelerate.optimizer import patch_optimizer_step
-
-    step = _innermost(optimizer).step
-    optimizer._optimizer_original_step_method = step
-    optimizer._optimizer_patched_step_method = patch_optimizer_step(optimizer, step)
