@@ -4,8 +4,8 @@ python examples/accelerate_loop.py --out-dir runs/accelerate
 
 A small GPT-2, made from its configuration, learns the text of Python's own documentation, two
 batches to an update. Half way through a weight becomes NaN: the monitor names it, goes back to the
-last state that is known to be good, and hands out the same batches again; with the learning rate
-left alone, it ends with the bits that it would have ended with (try --fault-at -1). Takes some seconds.
+last state that is known to be good, and hands out the same batches again. Training ends with the
+very bits that it would have ended with (try --fault-at -1). Takes some seconds.
 Needs transformers and accelerate: pip install 'foreshock[huggingface]'.
 """
 

@@ -37,13 +37,16 @@ def _reset() -> None:
 
 
 def prepared(
-    *, is_stateful: bool = False, ends_early: bool = False
+    *, is_stateful: bool = False, ends_early: bool = False, **more: Any
 ) -> tuple[Any, Any, Any, Any, Any]:
     torch.manual_seed(0)
     configuration = accelerate.DataLoaderConfiguration(use_stateful_dataloader=is_stateful)
     accumulation = accelerate.utils.GradientAccumulationPlugin(2, sync_with_dataloader=ends_early)
     accelerator = accelerate.Accelerator(
-        cpu=True, gradient_accumulation_plugin=accumulation, dataloader_config=configuration
+        cpu=True,
+        gradient_accumulation_plugin=accumulation,
+        dataloader_config=configuration,
+        **more,
     )
     model = nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Dropout(0.1), nn.Linear(8, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
@@ -116,3 +119,12 @@ def test_a_rollback_where_accumulations_end_with_the_loader_is_an_error(tmp_path
     with pytest.raises(ValueError, match="sync_with_dataloader=False"):
         integration.watch(accelerator, model, optimizer, tmp_path, RECOVER)
     integration.watch(accelerator, model, optimizer, tmp_path).finalize()
+
+
+def test_parameters_of_a_compiled_model_have_the_names_that_they_have_in_it(tmp_path: Path) -> None:
+    accelerator, model, optimizer, _, _ = prepared(dynamo_backend="eager")
+    monitor = integration.watch(accelerator, model, optimizer, tmp_path, RECOVER)
+    accelerator.backward(model(torch.full((4, FEATURES), math.nan)).sum())
+    verdict = monitor.step(1.0)
+    assert verdict.offender is not None
+    assert verdict.offender.name == "0.weight"

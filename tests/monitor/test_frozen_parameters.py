@@ -75,6 +75,16 @@ def test_a_bad_value_is_named_and_undone_where_only_what_is_trained_is_guarded(
     assert torch.equal(model.frozen.weight, frozen)
 
 
+def test_what_is_frozen_may_change_between_two_updates(tmp_path: Path) -> None:
+    guard = RECOVER.model_copy(update={"verify_state": True})
+    model, monitor = make(tmp_path, guard, parameters="trainable")
+    train(model, monitor, 3)
+    with torch.no_grad():
+        model.frozen.weight[2, 3] += 1
+    (verdict,) = train(model, monitor, 1)
+    assert verdict.action is fs.Action.CONTINUE
+
+
 def test_a_gradient_of_what_was_frozen_is_clipped_all_the_same(tmp_path: Path) -> None:
     model, monitor = make(tmp_path, parameters="trainable")
     model.frozen.requires_grad_(True)

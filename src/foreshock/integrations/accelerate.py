@@ -87,7 +87,7 @@ def watch(
     if isinstance(accelerator.scaler, torch.amp.GradScaler):
         known["scaler"] = accelerator.scaler
     monitor = Monitor(
-        accelerator.unwrap_model(model),
+        accelerator.unwrap_model(model, keep_torch_compile=False),
         _innermost(optimizer),
         out_dir,
         guard,
