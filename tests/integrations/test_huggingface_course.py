@@ -74,6 +74,7 @@ def test_after_a_rollback_both_count_on_and_the_undone_updates_are_missing(tmp_p
     assert telemetry_steps(tmp_path) == counting.steps == list(range(16))
     # The updates of steps 8 and 9 are undone, that of 10 was never made: 0 to 7, 11 to 15.
     assert struck.optimizer.state_dict()["state"][0]["step"] == 8 + 5
+    assert struck.lr_scheduler.last_epoch == 8 + 5
 
 
 def test_checkpoints_and_evaluations_in_between_change_nothing(tmp_path: Path) -> None:
@@ -151,13 +152,25 @@ def test_two_monitors_watch_one_training_and_both_let_go(tmp_path: Path) -> None
     watched.train()
     assert have_equal_bits(alone.model, watched.model)
     assert [one.summary["total_steps"] for one in two] == [6, 6]
-    sizes = [(tmp_path / name / "run" / "telemetry.jsonl").stat().st_size for name in ("a", "b")]
     for one in two:
         watched.remove_callback(one)
     watched.train()
-    assert sizes == [
-        (tmp_path / name / "run" / "telemetry.jsonl").stat().st_size for name in ("a", "b")
-    ]
+    assert not any("foreshock/" in key for log in watched.state.log_history for key in log)
+
+
+def test_what_others_have_wrapped_meanwhile_stays_wrapped(tmp_path: Path) -> None:
+    class Wrapping(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            inner = watched.log
+            watched.log = lambda *given: seen.append(given) or inner(*given)
+
+    seen: list[Any] = []
+    watched = trainer(tmp_path, monitor_callback(tmp_path), Wrapping(), max_steps=3)
+    watched.train()
+    before = len(seen)
+    watched.log({"loss": 1.0})
+    assert len(seen) == before + 1
+    assert "foreshock/step" not in watched.state.log_history[-1]
 
 
 def test_trained_twice_it_watches_twice(tmp_path: Path) -> None:

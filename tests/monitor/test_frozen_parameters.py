@@ -85,6 +85,19 @@ def test_what_is_frozen_may_change_between_two_updates(tmp_path: Path) -> None:
     assert verdict.action is fs.Action.CONTINUE
 
 
+@pytest.mark.parametrize("parameters", ["all", "trainable"])
+def test_what_is_frozen_is_scanned_only_if_all_are_asked_for(
+    tmp_path: Path, parameters: Parameters
+) -> None:
+    model, monitor = make(tmp_path, parameters=parameters)
+    train(model, monitor, 6)
+    with torch.no_grad():
+        model.frozen.weight[2, 3] = math.nan
+    (verdict,) = train(model, monitor, 1)
+    assert (fs.guard.Reason.NONFINITE_WEIGHTS in verdict.reasons) == (parameters == "all")
+    assert verdict.action is (fs.Action.ROLL_BACK if parameters == "all" else fs.Action.SKIP)
+
+
 def test_a_gradient_of_what_was_frozen_is_clipped_all_the_same(tmp_path: Path) -> None:
     model, monitor = make(tmp_path, parameters="trainable")
     model.frozen.requires_grad_(True)
