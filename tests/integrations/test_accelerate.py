@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import foreshock as fs
+from foreshock import integrations
 
 accelerate = pytest.importorskip("accelerate")
 integration = pytest.importorskip("foreshock.integrations.accelerate")
@@ -128,3 +130,13 @@ def test_parameters_of_a_compiled_model_have_the_names_that_they_have_in_it(tmp_
     verdict = monitor.step(1.0)
     assert verdict.offender is not None
     assert verdict.offender.name == "0.weight"
+
+
+def test_without_accelerate_the_error_names_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delitem(sys.modules, "foreshock.integrations.accelerate")
+    monkeypatch.delattr(integrations, "accelerate")
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(ImportError, match=r"pip install 'foreshock\[accelerate\]'"):
+        integrations.accelerate  # noqa: B018
