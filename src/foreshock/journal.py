@@ -252,15 +252,22 @@ class Journal:
             _log.warning("summary.json could not be written: %s", error)
         return summary
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """How often what has happened so far, as `guard` in summary.json names it."""
+        return {
+            "total_rollbacks": self._counts[RolledBack],
+            "total_recoveries": self._counts[Recovered],
+            "skipped_steps": self._counts[UpdateSkipped],
+            "anomalies_seen": self._counts[AnomalySeen],
+        }
+
     def _guard_summary(self, mode: str) -> dict[str, Any]:
         counts = self._counts
         integrity = "RECOVERED" if counts[RolledBack] or counts[UpdateSkipped] else "OK"
         return {
             "mode": mode,
-            "total_rollbacks": counts[RolledBack],
-            "total_recoveries": counts[Recovered],
-            "skipped_steps": counts[UpdateSkipped],
-            "anomalies_seen": counts[AnomalySeen],
+            **self.counts,
             "dropped_snapshots": counts[SnapshotDropped],
             "saved_snapshots": counts[SnapshotSaved],
             "unsaved_snapshots": counts[SnapshotNotSaved],

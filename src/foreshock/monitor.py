@@ -67,6 +67,11 @@ class MonitorSettings(Settings):
         "save_metrics", "save_metrics_steps",
     )  # fmt: skip
 
+    parameters: Literal["all", "trainable"] = "all"
+    """all: every parameter of model and optimizer is scanned, and belongs to snapshots. trainable:
+    only those that require a gradient; what is frozen, as below an adapter, is not even read."""
+    first_step: NonNegativeInt = 0
+    """Number of the first step, where somebody else has taken the run up in its middle."""
     telemetry_interval: PositiveInt = 10
     """Steps between telemetry records; events are recorded as they happen."""
     telemetry_top_k: NonNegativeInt = 3
@@ -207,7 +212,11 @@ class Monitor:
         state.update({n: w for n, w in self._watches.items() if isinstance(w, Stateful)})
         lags = not sync and can_lag(model, optimizer, self._guard, _LAGGING_DEVICE)
         watch = LaggingWatch if lags else Watch
-        self._watch = watch(model, optimizer, state, self._guard, self._record)
+        only_trainable = self._settings.parameters == "trainable"
+        self._watch = watch(
+            model, optimizer, state, self._guard, self._record, only_trainable=only_trainable
+        )
+        self._watch.step = self._settings.first_step
         self._risk = None if spectra is None else self._make_risk(spectra)
         self._journal = Journal(out_dir, self._config(spectra), sinks)
         self._metrics = self._make_metrics(model)
@@ -311,7 +320,8 @@ class Monitor:
         where = self._guard.persist_dir if path is None else Path(path)
         if where is None:
             raise ValueError("path is None and guard.persist_dir too; accepted: one of them")
-        if self._watch.step or self._watch.history.has_start or self._watch.history.source:
+        has_begun = self._watch.step != self._settings.first_step
+        if has_begun or self._watch.history.has_start or self._watch.history.source:
             raise RuntimeError("resume is called after the first step; accepted: before it")
         return self._watch.resume(where)
 
@@ -452,6 +462,11 @@ class Monitor:
         if is_burst or seen.step % self._settings.telemetry_interval == 0:
             self._record_telemetry(seen)
         return verdict
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What has happened so far: total_rollbacks and the like, as summary.json names them."""
+        return self._journal.counts
 
     @property
     def latest(self) -> dict[str, Any]:
