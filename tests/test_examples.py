@@ -10,10 +10,10 @@ from pathlib import Path
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run_example(name: str, out_dir: Path) -> str:
+def run_example(name: str, out_dir: Path, *more: str) -> str:
     """What it prints; its files go to out_dir."""
     done = subprocess.run(
-        [sys.executable, "-W", "error", EXAMPLES / name, "--out-dir", out_dir],
+        [sys.executable, "-W", "error", EXAMPLES / name, "--out-dir", out_dir, *more],
         capture_output=True,
         text=True,
         timeout=300,
@@ -34,3 +34,11 @@ def test_surprise_mlp_flags_digits_that_were_never_learned(tmp_path: Path) -> No
     assert auroc[2] > 0.99
     assert (tmp_path / "scores.png").stat().st_size > 5000
     assert (tmp_path / "probe.safetensors").exists()
+
+
+def test_accelerate_loop_names_the_weight_that_was_struck_and_recovers(tmp_path: Path) -> None:
+    printed = run_example("accelerate_loop.py", tmp_path)
+    assert "parameter transformer.h.1.mlp.c_fc.weight: 1 NaN of 9216 values" in printed
+    assert "integrity: RECOVERED" in printed
+    losses = [float(loss) for loss in re.findall("loss:? +([0-9.]+)", printed)]
+    assert losses[-1] < losses[0] - 1

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from foreshock import ops as ops
     from foreshock import records as records
     from foreshock import signals as signals
+    from foreshock import sinks as sinks
     from foreshock import surprise as surprise
     from foreshock.guard import Action as Action
     from foreshock.guard import Guard as Guard
@@ -40,6 +41,7 @@ _LAZY = {
     "processivity": "foreshock.signals",
     "records": "",
     "signals": "",
+    "sinks": "",
     "surprise": "",
     "theta_consistency": "foreshock.signals",
     "two_second_precursor": "foreshock.signals",

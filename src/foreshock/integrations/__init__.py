@@ -6,9 +6,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from foreshock.integrations import accelerate as accelerate
     from foreshock.integrations import huggingface as huggingface
 
-_NEEDS = {"huggingface": "transformers"}
+_NEEDS = {"accelerate": "accelerate", "huggingface": "transformers"}
 
 
 def __getattr__(name: str) -> Any:

@@ -8,9 +8,7 @@ from typing import Any
 
 from foreshock.records.posix_file import checked_path
 from foreshock.records.strict_json import decode_nonfinite_texts, load_json
-from foreshock.records.telemetry_schema import SCHEMA_VERSION, START_EVENT
-
-_TEXT_FIELDS = frozenset({"event", "time"})
+from foreshock.records.telemetry_schema import SCHEMA_VERSION, START_EVENT, TEXT_FIELDS
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,7 @@ def parse_telemetry_line(line: bytes, *, decode_nonfinite: bool = True) -> dict[
     if not isinstance(record, dict):
         return None
     if decode_nonfinite and (b'"NaN"' in line or b'Infinity"' in line):
-        for key in record.keys() - _TEXT_FIELDS:
+        for key in record.keys() - TEXT_FIELDS:
             record[key] = decode_nonfinite_texts(record[key])
     return record
 
