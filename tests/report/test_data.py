@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from foreshock.records import read_telemetry
+from foreshock.records import SeriesRecorder, read_telemetry
 from foreshock.report import report_data
 from foreshock.report.curves import MAX_CURVES, MAX_LABELS, MAX_POINTS, Curves
 from foreshock.report.events import MAX_MARKS, MAX_ROWS, Events
@@ -336,3 +336,14 @@ def test_every_event_that_the_monitor_writes_has_a_sentence_and_a_row() -> None:
             or is_answer
             or (name == "autopsy")
         )
+
+
+def test_a_recorded_series_has_a_curve_for_each_label(tmp_path: Path) -> None:
+    with SeriesRecorder(tmp_path) as series:
+        for step in range(3):
+            series.record("logits", step, mean=0.5, rms={"layers.0": step, "layers.1": 2.0})
+    data = report_data(tmp_path)
+    assert curve(data, "mean", "monitoring/logits.jsonl")["mean"] == [0.5, 0.5, 0.5]
+    assert curve(data, "rms.layers.0", "monitoring/logits.jsonl")["mean"] == [0, 1, 2]
+    assert [picture["file"] for picture in data["pictures"]] == ["monitoring/logits.png"]
+    assert not any("npz" in problem for problem in data["problems"])

@@ -19,7 +19,14 @@ from foreshock.report.curves import Curves, is_step
 from foreshock.report.layerwise import is_layerwise, read_layerwise
 from foreshock.report.telemetry import RunSeen
 
-_SIGNS_OF_A_RUN = ("telemetry.jsonl", "summary.json", "ledger.jsonl", "config.json", "metrics")
+_SIGNS_OF_A_RUN = (
+    "telemetry.jsonl",
+    "summary.json",
+    "ledger.jsonl",
+    "config.json",
+    "metrics",
+    "monitoring",
+)
 _PICTURE_TYPES = {".png": "image/png", ".svg": "image/svg+xml"}
 _PICTURE_FOLDERS = ("plots", "monitoring", "surprise", ".")
 _AUTOPSY_FIELDS = ("step", "cause", "sentence")
