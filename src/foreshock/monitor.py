@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 import torch
 from pydantic import NonNegativeInt, PositiveInt
 
+from foreshock.gate_watch import GateWatch
+from foreshock.gates import AlphaSchedule, GateMonitor, GateSettings, gates_of
 from foreshock.guard import (
     RESERVED_NAMES,
     Aborted,
@@ -35,6 +37,7 @@ from foreshock.host_read import read
 from foreshock.journal import Journal
 from foreshock.noise_watch import NoiseWatch
 from foreshock.ops import active_backends
+from foreshock.records import SeriesRecorder
 from foreshock.settings import Settings
 from foreshock.signals import FingerprintSettings, SpectralSettings, SpectralWatch
 from foreshock.spectral_risk import SpectralRisk
@@ -59,7 +62,7 @@ class MonitorSettings(Settings):
     """Cadence of the monitor; what may be done about a bad step is `Guard`'s."""
 
     accepted_beside: ClassVar[tuple[str, ...]] = (
-        "model", "optimizer", "out_dir", "guard", "state", "surprise", "sync"
+        "model", "optimizer", "out_dir", "guard", "state", "surprise", "gate_schedule", "sync"
     )  # fmt: skip
 
     telemetry_interval: PositiveInt = 10
@@ -96,6 +99,10 @@ class MonitorSettings(Settings):
     """Steps between looks at whether an update goes where its gradient points."""
     surprise_interval: PositiveInt = 50
     """Steps between looks at how surprising a batch is, if there is a probe."""
+    gate_interval: PositiveInt = 10
+    """Steps between looks at the rotation gates, if the model has some."""
+    gates: GateSettings = GateSettings()
+    """When what is seen of them is a risk."""
 
 
 class Monitor:
@@ -130,6 +137,8 @@ class Monitor:
         spectral_interval: steps between looks at them.
         surprise: a probe of this model, fitted to what it knew before; now and then it listens to a
             step, and telemetry says how unlike that the batch was.
+        gate_schedule: that rotation gates of the model are to keep to; it is rolled back with the
+            run. Gates are found, and followed, by themselves.
         sync: whether the verdict is always that of the present step. On a CUDA device it is that of
             the step before where the optimizer is fused, or the guard only observes.
         more: the other fields of `MonitorSettings`; one that is unknown is answered with the
@@ -156,6 +165,7 @@ class Monitor:
         spectral_enabled: bool = True,
         spectral_interval: int = 50,
         surprise: SurpriseProbe | None = None,
+        gate_schedule: AlphaSchedule | None = None,
         sync: bool = False,
         **more: Any,
     ) -> None:
@@ -171,20 +181,25 @@ class Monitor:
         )
         self._guard = guard or Guard()
         self._optimizer = optimizer
+        is_schedule = gate_schedule is None or isinstance(gate_schedule, AlphaSchedule)
+        _require(is_schedule, "gate_schedule", gate_schedule, "an AlphaSchedule or None")
         state = dict(_checked_state(state or {}))
+        if gate_schedule is not None:
+            state["gate_schedule"] = gate_schedule
         spectra = self._follow_spectra(model)
         if spectra is not None:
             state["spectral"] = spectra
         self._noise = self._make_noise()
         if self._noise is not None:
             state["noise"] = self._noise
-        self._watches = self._make_watches(model, surprise)
+        self._watches = self._make_watches(model, surprise, gate_schedule)
         state.update({n: w for n, w in self._watches.items() if isinstance(w, Stateful)})
         lags = not sync and can_lag(model, optimizer, self._guard, _LAGGING_DEVICE)
         watch = LaggingWatch if lags else Watch
         self._watch = watch(model, optimizer, state, self._guard, self._record)
         self._risk = None if spectra is None else self._make_risk(spectra)
         self._journal = Journal(out_dir, self._config(spectra))
+        self._series = SeriesRecorder(out_dir)
         self._summary: dict[str, Any] | None = None
         self._has_failed_inside = False
         self._gate = StepGate(
@@ -219,12 +234,19 @@ class Monitor:
         return noise
 
     def _make_watches(
-        self, model: torch.nn.Module, surprise: SurpriseProbe | None
+        self,
+        model: torch.nn.Module,
+        surprise: SurpriseProbe | None,
+        gate_schedule: AlphaSchedule | None,
     ) -> dict[str, StepWatch]:
         """Those that are asked for, by the name under which their state is kept."""
         watches: dict[str, StepWatch] = {}
         if surprise is not None:
             watches["surprise"] = self._listen(surprise, model)
+        if gates_of(model):
+            watched = GateMonitor(model, gate_schedule, self._settings.gates)
+            interval = self._settings.gate_interval
+            watches["gates"] = GateWatch(watched, interval, self._record, self._record_row)
         return watches
 
     def _listen(self, probe: SurpriseProbe, model: torch.nn.Module) -> StepWatch:
@@ -419,6 +441,7 @@ class Monitor:
             if self._noise is not None:
                 save = functools.partial(self._noise.save, self._journal.out_dir)
                 self._safely(save, None)
+            self._safely(self._series.close, None)
             self._journal.close()
             self._summary = self._write_summary()
         return self._summary
@@ -518,6 +541,9 @@ class Monitor:
         if isinstance(event, Aborted):
             self._journal.flush(_FLUSH_TIMEOUT_S)
             self._write_summary()
+
+    def _record_row(self, series: str, step: int, **numbers: object) -> None:
+        self._series.record(series, step, **numbers)
 
     def _record_telemetry(self, seen: Seen) -> None:
         rate = self._optimizer.param_groups[0].get("lr")
