@@ -29,31 +29,30 @@ from matplotlib import pyplot as plt
 CONFIG = GPTConfig(num_blocks=6)
 
 
-def train(model: GPT, out_dir: Path, steps: int, warmup: int) -> list[list[float]]:
-    """Through the warm-up and beyond; what the logits were in each step."""
+def train(model: GPT, out_dir: Path, steps: int, warmup: int) -> None:
+    """Through the warm-up and beyond, with a look at gates and logits in every step."""
     schedule = fs.gates.AlphaSchedule(model, warmup, target=0.1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, fused=True)
     batches = TextBatches(Vocabulary().encode(load_corpus()), 16, CONFIG.context, length=steps)
-    logits_seen = []
-    with fs.Monitor(model, optimizer, out_dir, gate_interval=1, gate_schedule=schedule) as monitor:
+    looks = {"gate_interval": 1, "gate_schedule": schedule, "logit_interval": 1}
+    with fs.Monitor(model, optimizer, out_dir, **looks) as monitor:
         for _, (x, y) in monitor.loop(batches):
             optimizer.zero_grad()
             logits = model(x)
             loss = next_token_loss(logits, y)
             loss.backward()
             monitor.clip_grad_norm_(1.0)
-            if not monitor.step(loss):
+            if not monitor.step(loss, logits=logits):
                 break
             optimizer.step()
             schedule.step()
-            seen = fs.signals.logit_statistics(logits)
-            logits_seen.append(torch.stack([seen.mean, seen.std, seen.max, seen.min]).tolist())
-    return logits_seen
 
 
-def draw(out_dir: Path, logits: list[list[float]]) -> Path:
+def draw(out_dir: Path) -> Path:
     """Orthogonality, opening and logits over the steps."""
-    gates = np.load(out_dir / "monitoring" / "gates.npz")
+    gates, logits = (
+        np.load(out_dir / "monitoring" / f"{name}.npz") for name in ("gates", "logits")
+    )
     figure, (above, middle, below) = plt.subplots(3, figsize=(7, 8), layout="constrained")
     for i, name in enumerate(gates["mix.labels"]):
         above.plot(gates["step"], gates["orthogonality_max"][:, i], label=name)
@@ -61,8 +60,8 @@ def draw(out_dir: Path, logits: list[list[float]]) -> Path:
     above.axhline(1e-6, color="black", linestyle="--", label="1e-6")
     above.set(yscale="log", ylabel="|R^T R - I|, worst block")
     middle.set(ylabel="sigmoid(alpha)")
-    for name, numbers in zip(("mean", "std", "max", "min"), np.transpose(logits), strict=True):
-        below.plot(numbers, label=name)
+    for name in ("mean", "std", "max", "min"):
+        below.plot(logits["step"], logits[name], label=name)
     below.set(xlabel="step", ylabel="logits")
     for axes in (above, middle, below):
         axes.legend(fontsize=8)
@@ -104,7 +103,7 @@ def main() -> None:
     attached = fs.gates.attach(model)
     print("gates behind:", ", ".join(attached))
     warmup = 2 * given.steps // 3
-    logits = train(model, given.out_dir, given.steps, warmup)
+    train(model, given.out_dir, given.steps, warmup)
 
     seen = fs.records.read_series(given.out_dir / "monitoring" / "gates.jsonl").rows
     worst = max(max(row["orthogonality_max"].values()) for row in seen)
@@ -116,7 +115,7 @@ def main() -> None:
     plain = stack()
     fs.gates.attach(plain, "all", alpha=0.0, theta_std=0.5)
     fold("plain stack", plain, torch.randn(32, 64))
-    print("written:", draw(given.out_dir, logits), given.out_dir / "monitoring")
+    print("written:", draw(given.out_dir), given.out_dir / "monitoring")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,7 @@ _MOST_IN_A_ROW = 256
 class GateWatch:
     """Has the gates of a model looked at now and then.
 
-    What is begun at one step is read at the next, so that no device is waited for. A fault in here
-    ends the watching of the gates, and nothing else.
+    What is begun at one step is read at the next, so that no device is waited for.
 
     Args:
         monitor: of the gates.
@@ -44,13 +43,12 @@ class GateWatch:
         self._record = record
         self._judged = 0
         self._told: dict[str, float | int | str] = {}
-        self._is_broken = False
 
     def note_step(self, step: int) -> None:
         """A step was judged."""
-        self._safely(self._take_in)
+        self._take_in()
         if self._judged % self._interval == 0:
-            self._safely(lambda: self._monitor.begin(step))
+            self._monitor.begin(step)
         self._judged += 1
 
     def telemetry(self) -> dict[str, float | int | str]:
@@ -59,11 +57,11 @@ class GateWatch:
 
     def close(self) -> None:
         """Reads the last look."""
-        self._safely(self._take_in)
+        self._take_in()
 
     def state_dict(self) -> dict[str, Any]:
         """What later events depend on; the last look is read first."""
-        self._safely(self._take_in)
+        self._take_in()
         return {"monitor": self._monitor.state_dict(), "judged": self._judged}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -89,15 +87,6 @@ class GateWatch:
         )
         for event in reading.events:
             self._tell(_as_risk(event))
-
-    def _safely(self, work: Callable[[], object]) -> None:
-        if self._is_broken:
-            return
-        try:
-            work()
-        except Exception:
-            _log.exception("foreshock no longer watches the rotation gates")
-            self._is_broken = True
 
 
 def _summed_up(reading: GateReading) -> dict[str, float | int | str]:

@@ -32,6 +32,7 @@ from foreshock.guard import (
 )
 from foreshock.records import (
     Ledger,
+    SeriesRecorder,
     TelemetryWriter,
     write_atomically,
     write_autopsy,
@@ -76,8 +77,9 @@ class Journal:
         TypeError: out_dir is no path.
         OSError: out_dir cannot be written to; says so.
     Cost:
-        One thread, asleep while there is nothing to write. Nothing after construction waits for the
-        disk but `write_summary`, and nothing raises because of it.
+        A thread, and another one once there is a series, asleep while there is nothing to write.
+        Nothing after construction waits for the disk but `close` and `write_summary`, and nothing
+        raises because of it.
     """
 
     def __init__(self, out_dir: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
@@ -94,6 +96,7 @@ class Journal:
             # The class of the error follows from its number.
             why = f"out_dir cannot be written to ({error.strerror}); accepted: a directory that can"
             raise OSError(error.errno, why, str(self.out_dir)) from error
+        self._series = SeriesRecorder(self.out_dir)
         self._counts: Counter[type] = Counter()
         self._num_unledgered = 0
         self._abort: dict[str, Any] | None = None
@@ -175,6 +178,10 @@ class Journal:
         self.latest = {"step": step, **measured}
         self._telemetry.write("telemetry", step, **measured)
 
+    def record_series(self, series: str, step: int, /, **values: object) -> None:
+        """Writes down a row of a series; see `foreshock.records.SeriesRecorder`."""
+        self._series.record(series, step, **values)
+
     def flush(self, timeout: float) -> None:
         """Waits until what was recorded is on disk, but no longer than this many seconds."""
         self._telemetry.flush(timeout)
@@ -201,8 +208,9 @@ class Journal:
     # ---- the end
 
     def close(self) -> None:
-        """Ends telemetry.jsonl and ledger.jsonl."""
+        """Ends telemetry.jsonl, ledger.jsonl and the series."""
         self._telemetry.close()
+        self._series.close()
 
     def write_summary(
         self,
@@ -223,7 +231,7 @@ class Journal:
             "spectral": None if spectral is None else dict(spectral),
             "overhead": self._overhead(),
             "ledger_head": None if self._ledger is None else self._ledger.head,
-            "dropped_records": self._telemetry.dropped_records,
+            "dropped_records": self._telemetry.dropped_records + self._series.dropped_rows,
             "lost_ledger_records": (
                 self._num_unledgered if self._ledger is None else self._ledger.lost_records
             ),

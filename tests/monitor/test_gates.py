@@ -194,7 +194,7 @@ def test_a_fault_in_here_ends_the_watching_and_nothing_else(
     monkeypatch.setattr(fs.gates.GateMonitor, "begin", fail)
     with caplog.at_level(logging.ERROR, "foreshock"):
         run.train()
-    assert len([r for r in caplog.records if "rotation gates" in r.message]) == 1
+    assert len([r for r in caplog.records if "follows gates" in r.message]) == 1
     assert len(run.told()) == STEPS
 
 

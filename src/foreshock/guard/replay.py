@@ -45,6 +45,11 @@ class BatchSource:
         self.index = 0
         """Number of the batch that comes next."""
 
+    @property
+    def epoch(self) -> int:
+        """Of the last batch that was fetched."""
+        return self._epoch
+
     def fetch(self) -> Any:
         """The next batch that is not left out.
 
