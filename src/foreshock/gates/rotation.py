@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from foreshock.gates.exponential import exponential, pulled_back
+
 BLOCK = 8
 """Rows and columns of a rotation."""
 
@@ -33,7 +35,8 @@ def rotation_of(theta: Tensor) -> Tensor:
     Returns:
         (..., 8, 8). Where theta is not finite, neither is its rotation.
     Cost:
-        One `torch.linalg.matrix_exp`; its backward costs some nine times as much.
+        One `torch.linalg.matrix_exp`, and torch's derivative of it; gates that share their
+        rotations have a cheaper one.
     Source:
         Rotations as exponentials of so(8).
     """
@@ -70,8 +73,7 @@ class _Rotations(torch.autograd.Function):
         ctx.use, ctx.dtype = use, thetas[0].dtype
         ctx.sizes = [len(theta) for theta in thetas]
         ctx.skew = torch.cat([_skew(theta) for theta in thetas])  # ours, so nobody writes to it
-        rotations: Tensor = torch.linalg.matrix_exp(ctx.skew)
-        return tuple(rotations.to(_dtype_for(thetas[0])).split(ctx.sizes))
+        return tuple(exponential(ctx.skew).to(_dtype_for(thetas[0])).split(ctx.sizes))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -86,21 +88,11 @@ class _Rotations(torch.autograd.Function):
         if wanted:
             skews = ctx.skew.split(ctx.sizes)
             skew = torch.cat([skews[i] for i, _ in wanted])
-            of_skew = _adjoint(skew, torch.cat([grad for _, grad in wanted]).double())
+            of_skew = pulled_back(skew, torch.cat([grad for _, grad in wanted]).double())
             of_thetas = (of_skew - of_skew.mT).split([ctx.sizes[i] for i, _ in wanted])
             for (i, _), of_theta in zip(wanted, of_thetas, strict=True):
                 found[i] = of_theta.to(ctx.dtype)
         return None, *found
-
-
-def _adjoint(skew: Tensor, grad: Tensor) -> Tensor:
-    """Gradient of the exponential: expm([[A^T, G], [0, A^T]]) has it in its upper right corner
-    (R. Mathias, A chain rule for matrix functions, 1996)."""
-    transposed = skew.mT
-    upper = torch.cat([transposed, grad], -1)
-    lower = torch.cat([torch.zeros_like(grad), transposed], -1)
-    both: Tensor = torch.linalg.matrix_exp(torch.cat([upper, lower], -2))
-    return both[..., :BLOCK, BLOCK:]
 
 
 class _Mark(NamedTuple):
