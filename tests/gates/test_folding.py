@@ -79,6 +79,28 @@ class Peeked(Branches):
         return super().forward(x) + self.first(x)
 
 
+class Forks(nn.Module):
+    """Puts out what its linear layer does, and something else that is made of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.inner(x)
+        return y, torch.tanh(y)
+
+
+class Forked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Forks()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, z = self.first(x)
+        return torch.tanh(y) + z
+
+
 class ReadTwice(nn.Module):
     """The linear layer behind is used once more, elsewhere."""
 
@@ -127,6 +149,7 @@ class Observed(nn.Module):
 
 STAY = [
     (Peeked, "first", "the trace comes by it 2 times"),
+    (Forked, "first", "it stands between Linear and call_function tanh"),
     (ReadTwice, "first", "it stands between Tanh and Linear"),
     (Tied, "first", "it stands between Linear and call_function"),
     (Looking, "first", "the model cannot be traced"),

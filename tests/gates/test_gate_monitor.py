@@ -81,6 +81,16 @@ def test_a_rise_over_what_is_usual_is_told_of_before_the_threshold() -> None:
     assert events[0].limit == pytest.approx(3e-6, rel=0.01)
 
 
+def test_what_has_risen_does_not_become_usual() -> None:
+    _, monitor = monitored()
+    for step in range(10):
+        bent(monitor, step, 3e-7)
+    told = [bent(monitor, step, 8e-6).events for step in range(10, 70)]
+    assert [len(events) for events in told] == [2] + 59 * [0]
+    assert not bent(monitor, 70, 3e-7).events
+    assert bent(monitor, 71, 4e-6).events
+
+
 def test_what_is_not_finite_is_told_of_and_blinds_nothing() -> None:
     attached, monitor = monitored()
     with torch.no_grad():

@@ -40,6 +40,11 @@ def test_it_is_orthogonal_keeps_norms_and_has_determinant_one(norm: float, seed:
     torch.testing.assert_close(after, before, rtol=NORM_RTOL, atol=0)
 
 
+@pytest.mark.parametrize("norm", [1e2, 1e4, 1e6, 1e8])
+def test_it_is_orthogonal_for_thetas_that_are_far_too_large(norm: float) -> None:
+    assert excess(rotation_of(thetas(norm, 0, 200))).max() < MAX_ORTHOGONALITY_ERROR
+
+
 def test_in_float32_itself_it_would_not_be() -> None:
     theta = thetas(10, 0, 200)
     assert excess(torch.linalg.matrix_exp(theta - theta.mT)).max() > MAX_ORTHOGONALITY_ERROR

@@ -61,7 +61,7 @@ def assert_same(model: nn.Module, run: Any) -> None:
     run(model)
     run(other)
     ours, theirs = gradients(model), gradients(other)
-    assert any(name.endswith("theta") and grad is not None for name, grad in ours.items())
+    assert any(name.endswith("alpha") and grad is not None for name, grad in ours.items())
     for name, grad in theirs.items():
         if grad is None:
             assert ours[name] is None, name
@@ -136,6 +136,24 @@ def a_gate_that_thaws(model: nn.Module) -> None:
     model(x).square().mean().backward()
 
 
+def a_gate_that_thaws_before_any_backward(model: nn.Module) -> None:
+    gate = gates.gates_of(model)["blocks.1"]
+    gate.theta.requires_grad_(False)
+    x, y = batches(2)
+    model(x)
+    gate.theta.requires_grad_(True)
+    model(y).square().mean().backward()
+
+
+def frozen_gates_after_inference(model: nn.Module) -> None:
+    for gate in gates.gates_of(model).values():
+        gate.theta.requires_grad_(False)
+    x, y = batches(2)
+    with torch.inference_mode():
+        model(x)
+    model(y).square().mean().backward()
+
+
 RUNS = [
     one_after_another,
     all_forwards_first,
@@ -144,6 +162,8 @@ RUNS = [
     a_part_only,
     a_frozen_gate,
     a_gate_that_thaws,
+    a_gate_that_thaws_before_any_backward,
+    frozen_gates_after_inference,
 ]
 
 
@@ -180,14 +200,6 @@ def test_gradient_checkpointing_makes_no_difference(
     assert_same(model, run)
 
 
-def after(model: nn.Module, change: Any) -> tuple[Tensor, Tensor]:
-    """The model's output after a change, and what it should be."""
-    (x,) = batches(1)
-    model(x).square().mean().backward()
-    change(model)
-    return model(x), alone(model)(x)
-
-
 def write_past_torch(model: nn.Module) -> None:
     """As optimizers do that are kernels of their own."""
     for gate in gates.gates_of(model).values():
@@ -220,25 +232,36 @@ def averaged(model: nn.Module) -> None:
     model.eval()
 
 
-CHANGES = [write_past_torch, in_place, replaced, loaded, averaged]
+def train(model: nn.Module, x: Tensor) -> None:
+    model(x).square().mean().backward()
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, x: Tensor) -> None:
+    model(x)
+
+
+SEEN = [in_place, replaced, loaded]
+CHANGES = [
+    *((train, change) for change in [*SEEN, write_past_torch, averaged]),
+    *((evaluate, change) for change in [*SEEN, averaged]),
+]
 
 
 @pytest.mark.parametrize("with_grad", [True, False], ids=["grad", "no-grad"])
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_no_rotation_is_used_that_is_not_of_its_theta(change: Any, with_grad: bool) -> None:
-    with torch.set_grad_enabled(True):
-        model = open_model()
+@pytest.mark.parametrize(
+    ("run", "change"), CHANGES, ids=[f"{run.__name__}-{c.__name__}" for run, c in CHANGES]
+)
+def test_no_rotation_is_used_that_is_not_of_its_theta(
+    run: Any, change: Any, with_grad: bool
+) -> None:
+    model = open_model()
     (x,) = batches(1)
     before = model(x).detach()
-
-    def changed(model: nn.Module) -> None:
-        change(model)
-        torch.set_grad_enabled(with_grad)
-
-    try:
-        now, expected = after(model, changed)
-    finally:
-        torch.set_grad_enabled(True)
+    run(model, x)
+    change(model)
+    with torch.set_grad_enabled(with_grad):
+        now, expected = model(x), alone(model)(x)
     torch.testing.assert_close(now, expected, rtol=0, atol=ATOL)
     assert (now - before).abs().max() > 0.01
 

@@ -24,7 +24,7 @@ def exponential(x_N: Tensor) -> Tensor:
     Returns:
         Like x_N; where a matrix is not finite, neither is its exponential.
     """
-    return _by_parts(torch.linalg.matrix_exp, x_N)
+    return by_parts(torch.linalg.matrix_exp, x_N)
 
 
 def pulled_back(x_N: Tensor, grad_N: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def pulled_back(x_N: Tensor, grad_N: Tensor) -> Tensor:
             value = value @ value
         return moved
 
-    return _by_parts(part, x_N, grad_N)
+    return by_parts(part, x_N, grad_N)
 
 
 def _taylor(x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,7 +75,8 @@ def _taylor(x: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
     return value, moved
 
 
-def _by_parts(compute: Callable[..., Tensor], *x_N: Tensor) -> Tensor:
+def by_parts(compute: Callable[..., Tensor], *x_N: Tensor) -> Tensor:
+    """compute(*x_N), on a CPU for so many rows at a time as stay in a core's cache."""
     if x_N[0].device.type != "cpu" or len(x_N[0]) <= _AT_ONCE:
         return compute(*x_N)
     parts = zip(*(x.split(_AT_ONCE) for x in x_N), strict=True)

@@ -153,9 +153,9 @@ class GateMonitor:
 
     def _judge_orthogonality(self, step: int, state: GateState) -> list[GateEvent]:
         error, limit = state.orthogonality_max, self._limit(state.name)
-        if math.isfinite(error):
-            self._errors[state.name].append(min(error, limit))
         is_well = error <= limit  # NaN is not
+        if is_well:
+            self._errors[state.name].append(error)
         if not self._is_news(state.name, "orthogonality", is_well):
             return []
         return [OrthogonalityRose(step, state.name, error, limit)]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from foreshock.gates.attachment import gates_of
+from foreshock.gates.exponential import by_parts
 from foreshock.gates.gate import SO8RotationGate
 from foreshock.gates.rotation import BLOCK, SharedRotations
 
@@ -50,11 +51,9 @@ def measure(gates: Sequence[SO8RotationGate]) -> Tensor:
     """
     device = gates[0].theta.device
     rotations = [gate.shared.last_rotation_of(gate).to(device) for gate in gates]
-    blocks = torch.cat(rotations).double()
+    errors, dets = by_parts(_errors_and_dets, torch.cat(rotations)).unbind(1)
     sizes = torch.tensor([len(one) for one in rotations], device=device)
     owner = torch.repeat_interleave(torch.arange(len(gates), device=device), sizes)
-    errors = torch.linalg.vector_norm(_excess(blocks), dim=(-2, -1))
-    dets = torch.linalg.det(blocks)
 
     def over_blocks(values: Tensor, reduction: str) -> Tensor:
         none = values.new_zeros(len(gates))
@@ -77,6 +76,12 @@ def share(gates: Sequence[SO8RotationGate]) -> None:
         shared = SharedRotations()
         for gate in gates:
             gate.join(shared)
+
+
+def _errors_and_dets(blocks: Tensor) -> Tensor:
+    blocks = blocks.double()
+    errors = torch.linalg.vector_norm(_excess(blocks), dim=(-2, -1))
+    return torch.stack([errors, torch.linalg.det(blocks)], 1)
 
 
 def _excess(blocks: Tensor) -> Tensor:
