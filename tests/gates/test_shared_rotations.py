@@ -145,15 +145,6 @@ def a_gate_that_thaws_before_any_backward(model: nn.Module) -> None:
     model(y).square().mean().backward()
 
 
-def frozen_gates_after_inference(model: nn.Module) -> None:
-    for gate in gates.gates_of(model).values():
-        gate.theta.requires_grad_(False)
-    x, y = batches(2)
-    with torch.inference_mode():
-        model(x)
-    model(y).square().mean().backward()
-
-
 RUNS = [
     one_after_another,
     all_forwards_first,
@@ -163,13 +154,22 @@ RUNS = [
     a_frozen_gate,
     a_gate_that_thaws,
     a_gate_that_thaws_before_any_backward,
-    frozen_gates_after_inference,
 ]
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.__name__)
 def test_gradients_are_those_of_gates_that_share_nothing(run: Any) -> None:
     assert_same(open_model(), run)
+
+
+def test_what_inference_mode_has_made_stays_in_it() -> None:
+    gate = gates.SO8RotationGate(WIDTH, theta_std=1.0).requires_grad_(False)
+    weight = torch.randn_like(gate.theta).requires_grad_()
+    with torch.inference_mode():
+        gate.rotation()
+    (gate.rotation() * weight).sum().backward()
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, gate.rotation())
 
 
 class Checkpointed(nn.Module):

@@ -13,12 +13,12 @@ class GateSettings(Settings):
     orthogonality_threshold: PositiveFloat = 1e-5
     """Of |R^T R - I|_F of a gate's worst block, above which it has risen."""
     orthogonality_rise: PositiveFloat = 10.0
-    """Times the median of the last `orthogonality_window` looks, above which it has risen too, if
-    it is above `orthogonality_floor`."""
+    """Times the median of looks before, above which it has risen too, if it is above
+    `orthogonality_floor`."""
     orthogonality_floor: NonNegativeFloat = 1e-6
     """Below which it is the rounding of float32."""
     orthogonality_window: PositiveInt = 50
-    """Looks that the median is taken of."""
+    """The last looks in which the gate was well, that the median is taken of."""
     orthogonality_min_count: PositiveInt = 8
     """Looks before there is a median."""
     alpha_tolerance: PositiveFloat = 0.01
