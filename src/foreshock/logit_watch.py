@@ -35,15 +35,26 @@ class LogitWatch:
         self._wait = 0
         self._found: tuple[int, Later] | None = None
         self._told: dict[str, float | int | None] = {}
-        self.offered: torch.Tensor | None = None
-        """The logits of the step that is judged next, if it has given any."""
+        self._offered: torch.Tensor | None = None
+
+    def offer(self, logits: torch.Tensor | None) -> None:
+        """Those of the step that is judged next, if it has given any.
+
+        Raises:
+            TypeError: they are something else.
+        """
+        is_right = logits is None or isinstance(logits, torch.Tensor)
+        if not is_right:
+            kind = type(logits).__name__
+            raise TypeError(f"logits is a {kind}; accepted: a tensor or None")
+        self._offered = logits
 
     def note_step(self, step: int) -> None:
         """A step was judged."""
         self._take_in()
-        if self._wait <= 0 and self.offered is not None:
-            numbers = torch.stack([*logit_statistics(self.offered)])
-            histogram = logit_histogram(self.offered)
+        if self._wait <= 0 and self._offered is not None:
+            numbers = torch.stack([*logit_statistics(self._offered)])
+            histogram = logit_histogram(self._offered)
             self._found = step, Later(torch.cat([numbers, histogram.double()]))
             self._wait = self._interval
         self._wait -= 1
@@ -69,7 +80,7 @@ class LogitWatch:
 
     def close(self) -> None:
         """Reads the last look, and stops."""
-        self.offered = None
+        self._offered = None
         self._take_in()
 
     def state_dict(self) -> dict[str, Any]:
@@ -100,16 +111,32 @@ class AttentionWatch:
         self._wait = 0
         self._found: tuple[int, list[str], Later] | None = None
         self._told: dict[str, float | int | str] = {}
-        self.offered: Mapping[str, torch.Tensor] | None = None
-        """By layer, those of the step that is judged next, or the largest of them."""
+        self._offered: Mapping[str, torch.Tensor] = {}
+
+    def offer(self, logits: torch.Tensor | Mapping[str, torch.Tensor] | None) -> None:
+        """Those of the step that is judged next, or the largest of them; by layer, if of several.
+
+        Raises:
+            TypeError: they are something else.
+        """
+        of_layers = {"attention": logits} if isinstance(logits, torch.Tensor) else logits
+        if of_layers is None:
+            of_layers = {}
+        is_mapping = isinstance(of_layers, Mapping)
+        if not is_mapping or not all(isinstance(t, torch.Tensor) for t in of_layers.values()):
+            raise TypeError(
+                f"attention_logits is a {type(logits).__name__}; accepted: a tensor, a mapping "
+                "from layers to tensors, or None"
+            )
+        self._offered = of_layers
 
     def note_step(self, step: int) -> None:
         """A step was judged."""
         self._take_in()
-        if self._wait <= 0 and self.offered:
-            largest = [logits.detach().amax().float() for logits in self.offered.values()]
+        if self._wait <= 0 and self._offered:
+            largest = [logits.detach().amax().float() for logits in self._offered.values()]
             on_one = torch.stack([one.to(largest[0].device) for one in largest])
-            self._found = step, [*self.offered], Later(on_one)
+            self._found = step, [*self._offered], Later(on_one)
             self._wait = self._interval
         self._wait -= 1
 
@@ -133,7 +160,7 @@ class AttentionWatch:
 
     def close(self) -> None:
         """Reads the last look, and stops."""
-        self.offered = None
+        self._offered = {}
         self._take_in()
 
 

@@ -432,11 +432,12 @@ class Monitor:
         begun = self._journal.begin()
         try:
             value = loss if self._lags(loss) else _as_number(loss, "loss")
-            self._logits.offered = _checked_logits(logits)
-            self._attention.offered = _checked_attention(attention_logits)
+            self._logits.offer(logits)
+            self._attention.offer(attention_logits)
             return self._safely(lambda: self._judge(value), Verdict(self._watch.step))
         finally:
-            self._logits.offered = self._attention.offered = None  # not kept alive
+            self._logits.offer(None)  # not to keep them alive
+            self._attention.offer(None)
             self._journal.end(begun)
 
     def _lags(self, loss: torch.Tensor | float) -> bool:
@@ -451,6 +452,9 @@ class Monitor:
         self._journal.steps_run += 1
         is_unstable = self._risk is not None and self._risk.look()
         before, step = self._watch.seen, self._watch.step
+        if self._metrics is not None:
+            source, factor = self._watch.history.source, self._watch.learning_rate.factor
+            self._metrics.note_step(step, None if source is None else source.epoch, factor)
         verdict = self._watch.judge(loss, is_unstable=is_unstable)
         for watch in self._watches.values():
             watch.note_step(step)
@@ -460,9 +464,7 @@ class Monitor:
         if self._noise is not None:
             self._noise.note_step(seen.loss, seen.finding.norm)
         if self._metrics is not None:
-            source, factor = self._watch.history.source, self._watch.learning_rate.factor
-            epoch = 0 if source is None else source.epoch
-            self._metrics.record(seen.step, epoch, seen.loss, seen.finding.norm, factor)
+            self._metrics.note_seen(seen)
         is_burst = self._risk is not None and self._risk.calls_for_telemetry
         if is_burst or seen.step % self._settings.telemetry_interval == 0:
             self._record_telemetry(seen)
@@ -492,6 +494,7 @@ class Monitor:
                 save = functools.partial(self._noise.save, self._journal.out_dir)
                 self._safely(save, None)
             if self._metrics is not None:
+                self._metrics.note_seen(self._watch.seen)  # a verdict may come a step late
                 self._safely(self._metrics.close, None)
             self._journal.close()
             self._summary = self._write_summary()
@@ -644,26 +647,6 @@ def _checked_state(state: Mapping[str, Stateful]) -> Mapping[str, Stateful]:
         if name in RESERVED_NAMES:
             raise ValueError(f"state has the key {name!r}, which is taken; accepted: another name")
     return state
-
-
-def _checked_logits(logits: torch.Tensor | None) -> torch.Tensor | None:
-    is_right = logits is None or isinstance(logits, torch.Tensor)
-    _require(is_right, "logits", logits, "a tensor or None")
-    return logits
-
-
-def _checked_attention(
-    given: torch.Tensor | Mapping[str, torch.Tensor] | None,
-) -> Mapping[str, torch.Tensor] | None:
-    if given is None:
-        return None
-    of_layers = {"attention": given} if isinstance(given, torch.Tensor) else given
-    are_tensors = isinstance(of_layers, Mapping) and all(
-        isinstance(logits, torch.Tensor) for logits in of_layers.values()
-    )
-    accepted = "a tensor, a mapping from layers to tensors, or None"
-    _require(are_tensors, "attention_logits", given, accepted)
-    return of_layers
 
 
 def _as_number(value: torch.Tensor | float, name: str) -> float:

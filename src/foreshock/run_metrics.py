@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from pydantic import PositiveInt
 
+from foreshock.guard import Seen
 from foreshock.host_read import read
 from foreshock.records import MetricsRecorder
 from foreshock.settings import Settings
@@ -48,26 +49,39 @@ class RunMetrics:
         self._save_interval = save_interval
         self._group = group
         self._num_rows = 0
+        self._epoch = 0
+        self._last: Seen | None = None
         self._rate = math.nan
+        self._waiting: dict[int, tuple[int, float]] = {}
 
-    def record(
-        self, step: int, epoch: int, loss: float, grad_norm: float, rate_factor: float
-    ) -> None:
-        """Records a step that was judged.
+    def note_step(self, step: int, epoch: int | None, rate_factor: float) -> None:
+        """A step is about to be judged; what its numbers are may come a step later.
 
         Args:
             step: of the training.
-            epoch: from 0.
-            loss: of the step.
-            grad_norm: before clipping.
+            epoch: from 0; None: the last one, 0 before any.
             rate_factor: on the learning rate that the optimizer has been given.
         """
         rate = self._group.get("lr", math.nan)
         is_here = not isinstance(rate, torch.Tensor) or rate.device.type == "cpu"
         if is_here or self._num_rows % self._save_interval == 0:
             self._rate = float(read(rate)) if isinstance(rate, torch.Tensor) else float(rate)
+        self._epoch = self._epoch if epoch is None else epoch
+        self._waiting[step] = self._epoch, self._rate * rate_factor
+
+    def note_seen(self, seen: Seen | None) -> None:
+        """Records the step that was judged last, unless it has been already.
+
+        Args:
+            seen: of it; the gradient norm is that before clipping.
+        """
+        if seen is None or seen is self._last:
+            return
+        self._last = seen
         self._num_rows += 1
-        self._recorder.record(step, epoch, loss, self._rate * rate_factor, grad_norm=grad_norm)
+        epoch, rate = self._waiting.get(seen.step, (self._epoch, self._rate))
+        self._waiting = {step: of for step, of in self._waiting.items() if step > seen.step}
+        self._recorder.record(seen.step, epoch, seen.loss, rate, grad_norm=seen.finding.norm)
 
     def close(self) -> None:
         """Saves all, and draws the picture if there is something to be drawn."""

@@ -210,6 +210,19 @@ def test_a_compiled_model_is_not_heard_which_is_said_once(
     torch.compiler.reset()
 
 
+def test_a_model_that_is_compiled_in_a_look_is_one_graph_and_not_heard(tmp_path: Path) -> None:
+    torch.compiler.reset()
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with fs.Monitor(model, optimizer, tmp_path, activation_modules=("*",)) as monitor:
+        monitor.step(1.0)
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(batch(0)), network()(batch(0)))
+        monitor.step(1.0)
+    assert not (tmp_path / "monitoring").exists()
+    torch.compiler.reset()
+
+
 def test_a_model_that_is_copied_or_saved_in_a_look_takes_no_hook_along(tmp_path: Path) -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -214,7 +214,7 @@ def test_other_than_tensors_are_errors_that_say_so(tmp_path: Path, name: str, gi
 def test_on_a_device_a_look_waits_for_nothing(tmp_path: Path) -> None:
     logits = drawn(0).cuda()
     watch = logit_watch.LogitWatch(1, lambda *_, **__: None)
-    watch.offered = logits
+    watch.offer(logits)
     watch.note_step(0)  # what is loaded and allocated once
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

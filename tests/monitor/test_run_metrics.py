@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import foreshock as fs
+from foreshock import monitor as monitor_module
 from foreshock.records import MetricsRecorder, read_metrics
 
 
@@ -37,9 +38,14 @@ def records(out_dir: Path) -> list[dict[str, Any]]:
     return read_metrics(out_dir / "metrics" / "training_metrics.json").records
 
 
-@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
-def test_every_step_is_recorded_and_drawn(tmp_path: Path, lr: Any) -> None:
-    losses = train(tmp_path, lr=lr, save_metrics=True)
+@pytest.mark.parametrize("lags", [False, True], ids=["in-step", "lagging"])
+@pytest.mark.parametrize("kind", [float, torch.tensor], ids=["number", "tensor"])
+def test_every_step_is_recorded_and_drawn(
+    tmp_path: Path, kind: Any, lags: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if lags:
+        monkeypatch.setattr(monitor_module, "_LAGGING_DEVICE", "cpu")
+    losses = train(tmp_path, lr=kind(0.1), save_metrics=True)
     found = records(tmp_path)
     assert [r["step"] for r in found] == list(range(12))
     assert [r["epoch"] for r in found] == [0] * 6 + [1] * 6

@@ -267,6 +267,21 @@ def test_a_hanging_disk_holds_up_nobody(tmp_path, monkeypatch, warnings_of):
     assert len(warnings_of()) == 1
 
 
+def test_arrays_that_take_too_long_are_given_up_and_no_row_is(tmp_path, monkeypatch, warnings_of):
+    is_released = threading.Event()
+    monkeypatch.setattr(SeriesFile, "write_arrays", lambda self: is_released.wait(20))
+    recorder = SeriesRecorder(tmp_path / "run")
+    record_some(recorder, 5)
+    while recorder._queue._telemetry:
+        threading.Event().wait(0.01)
+    recorder.close(timeout=0.3)
+    is_released.set()
+    (warning,) = warnings_of()
+    assert "arrays and pictures missing" in warning
+    assert recorder.dropped_rows == 0
+    assert len(read_series(tmp_path / "run" / "monitoring" / "gates.jsonl").rows) == 5
+
+
 # What goes wrong
 
 

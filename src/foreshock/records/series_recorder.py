@@ -101,8 +101,8 @@ class SeriesRecorder:
             TypeError: step is no integer, or a value no number.
             ValueError: naming the argument, what came and what is accepted.
 
-        Cost: some microseconds and a tenth of one for each number. A tensor costs its `.item()`,
-            which waits for the device.
+        Cost: some three microseconds, and less than one for each number. A tensor costs its
+            `.item()`, which waits for the device.
         """
         recent = self._recent.get(series)
         if recent is None:
@@ -191,8 +191,8 @@ class SeriesRecorder:
             while (item := self._queue.take()) is not None:
                 self._append(*item)
             for name, file in self._files.items():
-                self._try("arrays", name, file.write_arrays)
                 self._try("rows", name, file.sync)
+                self._try("arrays", name, file.write_arrays)
         except BaseException as error:  # whatever ended the thread, nobody may rely on it
             self._give_up(f"its thread died of {error!r}")
         finally:
@@ -219,7 +219,11 @@ class SeriesRecorder:
             self._warn(what, f"{series}: {error}")
 
     def _give_up(self, reason: str) -> None:
-        self._lose(len(self._queue.close_and_empty()), reason)
+        num_rows = len(self._queue.close_and_empty())
+        if num_rows:
+            self._lose(num_rows, reason)
+        else:
+            self._warn("arrays and pictures", reason)
 
     def _lose(self, num_rows: int, reason: str) -> None:
         self._num_dropped += num_rows
