@@ -156,14 +156,15 @@ def test_a_gate_that_goes_astray_is_a_risk_that_is_recorded_and_said(
     (risk,) = run.told("gate_at_risk")
     assert (risk["step"], risk["gate"], risk["what"]) == (11, "blocks.2", what)
     if value is None:
-        assert risk["value"] > risk["expected"] == pytest.approx(1e-5, rel=1)
+        assert risk["value"] > 1e-5 >= risk["expected"] >= 1e-6
     else:
         assert risk["value"] == pytest.approx(value, abs=1e-3)
         assert risk["expected"] == pytest.approx(0.0066929 + 11 / 20 * 0.0933071, abs=1e-4)
     said = [record.message for record in caplog.records if "gate blocks.2" in record.message]
     assert len(said) == 1
     assert said[0].startswith("step 11: gate blocks.2: ")
-    assert summary["guard"]["anomalies_seen"] == 0
+    assert summary["total_steps"] == STEPS
+    assert not run.told("update_skipped")
 
 
 def test_a_rollback_takes_schedule_and_gates_back(tmp_path: Path) -> None:
