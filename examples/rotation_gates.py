@@ -31,8 +31,8 @@ CONFIG = GPTConfig(num_blocks=6)
 
 def train(model: GPT, out_dir: Path, steps: int, warmup: int) -> None:
     """Through the warm-up and beyond, with a look at gates and logits in every step."""
-    schedule = fs.gates.AlphaSchedule(model, warmup, target=0.1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, fused=True)
+    schedule = fs.gates.AlphaSchedule(model, warmup, target=0.1, optimizer=optimizer)
     batches = TextBatches(Vocabulary().encode(load_corpus()), 16, CONFIG.context, length=steps)
     looks = {"gate_interval": 1, "gate_schedule": schedule, "logit_interval": 1}
     with fs.Monitor(model, optimizer, out_dir, **looks) as monitor:
@@ -45,7 +45,6 @@ def train(model: GPT, out_dir: Path, steps: int, warmup: int) -> None:
             if not monitor.step(loss, logits=logits):
                 break
             optimizer.step()
-            schedule.step()
 
 
 def draw(out_dir: Path) -> Path:

@@ -116,3 +116,5 @@ def test_other_settings_are_refused(given: dict[str, Any]) -> None:
         AlphaSchedule(model, **{"warmup_steps": 5, **given})
     with pytest.raises(ValueError, match="model has no gates"):
         AlphaSchedule(decoder().model, 5)
+    with pytest.raises(TypeError, match=r"optimizer is a list; accepted: a torch\.optim"):
+        AlphaSchedule(model, 5, optimizer=[])

@@ -44,8 +44,8 @@ class Run:
 
     def __init__(self, out_dir: Path, model: nn.Module | None = None, **given: Any) -> None:
         self.out_dir, self.model = out_dir, model or gated()
-        self.schedule = fs.gates.AlphaSchedule(self.model, WARMUP)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+        self.schedule = fs.gates.AlphaSchedule(self.model, WARMUP, optimizer=self.optimizer)
         settings = {"telemetry_interval": 1, "gate_interval": 1, "gate_schedule": self.schedule}
         settings |= {"spectral_enabled": False, **given}
         self.monitor = fs.Monitor(self.model, self.optimizer, out_dir, **settings)
@@ -61,7 +61,6 @@ class Run:
             loss.backward()
             self.monitor.step(loss)
             self.optimizer.step()
-            self.schedule.step()
         return self.monitor.finalize()
 
     @property
@@ -129,7 +128,6 @@ def test_watching_changes_no_bit(tmp_path: Path) -> None:
         alone.optimizer.zero_grad()
         alone.model(batch(step)).square().mean().backward()
         alone.optimizer.step()
-        alone.schedule.step()
     pairs = zip(watched.model.parameters(), alone.model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 
@@ -183,6 +181,30 @@ def test_a_rollback_takes_schedule_and_gates_back(tmp_path: Path) -> None:
     assert list(seen) == list(range(STEPS))
     assert seen[WARMUP] == pytest.approx(0.1, abs=1e-3)
     assert not run.told("gate_at_risk")
+
+
+def test_a_guard_that_looks_for_flipped_bits_takes_no_opening_for_one(tmp_path: Path) -> None:
+    run = Run(tmp_path, guard=fs.Guard(mode="recover", verify_state=True, snapshot_interval=5))
+    summary = run.train()
+    assert summary["guard"]["integrity_status"] == "OK"
+    assert run.gate.mix().item() > 0.09
+
+
+def test_an_update_that_is_withheld_opens_nothing(tmp_path: Path) -> None:
+    run = Run(tmp_path, guard=fs.Guard(mode="skip"))
+    hook = run.gate.alpha.register_hook(lambda grad: grad * float("nan"))
+    loss = run.model(batch(0)).square().mean()
+    loss.backward()
+    run.monitor.step(loss)
+    run.optimizer.step()
+    assert run.schedule.state_dict()["step"] == 0
+    hook.remove()
+    run.optimizer.zero_grad()
+    loss = run.model(batch(0)).square().mean()
+    loss.backward()
+    run.monitor.step(loss)
+    run.optimizer.step()
+    assert run.schedule.state_dict()["step"] == 1
 
 
 def test_a_fault_in_here_ends_the_watching_and_nothing_else(

@@ -24,12 +24,11 @@ class AlphaSchedule:
     s(u) = 1 / (1 + exp(-10 (u - 1/2))). Alphas stay parameters: in the warm-up what the optimizer
     has made of them is written over by `step`.
 
-    >>> schedule = AlphaSchedule(model, warmup_steps=1000)
-    >>> optimizer.step()
-    >>> schedule.step()
+    >>> schedule = AlphaSchedule(model, warmup_steps=1000, optimizer=optimizer)
+    >>> monitor = Monitor(model, optimizer, "runs/first", gate_schedule=schedule)
 
-    It belongs to the state of a run: `Monitor(state={"alpha": schedule})` puts it back in a
-    rollback, and holds the gates against it.
+    The monitor holds the gates against it, and takes it back in a rollback. A guard that looks for
+    changes between two updates (`verify_state`) accepts those that are made with the optimizer's.
 
     Args:
         model: with gates, or some gates.
@@ -37,6 +36,8 @@ class AlphaSchedule:
         target: of sigmoid(alpha), between 0 and 1.
         shape: "linear" or "sigmoid", in steps.
         after: "learn" leaves alphas to the optimizer after the warm-up, "hold" keeps them.
+        optimizer: each of whose updates is a step, unless it was withheld; None: `step` is to be
+            called after each.
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is accepted.
     """
@@ -48,6 +49,7 @@ class AlphaSchedule:
         target: float = 0.1,
         shape: Literal["linear", "sigmoid"] = "linear",
         after: Literal["learn", "hold"] = "learn",
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         gates = gates_of(model).values() if isinstance(model, nn.Module) else model
         self._gates = list(gates)
@@ -58,9 +60,15 @@ class AlphaSchedule:
         self._shape = shape
         self._after = after
         self._step = 0
+        if optimizer is not None:
+            if not isinstance(optimizer, torch.optim.Optimizer):
+                raise TypeError(
+                    f"optimizer is a {type(optimizer).__name__}; accepted: a torch.optim.Optimizer"
+                )
+            optimizer.register_step_post_hook(lambda *_: self.step())
 
     def step(self) -> None:
-        """An update was made: sets the alphas for the next."""
+        """An update was made: sets the alphas for the next. The optimizer, if given, calls it."""
         self._step += 1
         self._set()
 
