@@ -62,6 +62,8 @@ class MonitorSettings(Settings):
         "model", "optimizer", "out_dir", "guard", "state", "surprise", "sync"
     )  # fmt: skip
 
+    first_step: NonNegativeInt = 0
+    """Number of the first step, where somebody else has taken the run up in its middle."""
     telemetry_interval: PositiveInt = 10
     """Steps between telemetry records; events are recorded as they happen."""
     telemetry_top_k: NonNegativeInt = 3
@@ -183,6 +185,7 @@ class Monitor:
         lags = not sync and can_lag(model, optimizer, self._guard, _LAGGING_DEVICE)
         watch = LaggingWatch if lags else Watch
         self._watch = watch(model, optimizer, state, self._guard, self._record)
+        self._watch.step = self._settings.first_step
         self._risk = None if spectra is None else self._make_risk(spectra)
         self._journal = Journal(out_dir, self._config(spectra))
         self._summary: dict[str, Any] | None = None
@@ -272,7 +275,8 @@ class Monitor:
         where = self._guard.persist_dir if path is None else Path(path)
         if where is None:
             raise ValueError("path is None and guard.persist_dir too; accepted: one of them")
-        if self._watch.step or self._watch.history.has_start or self._watch.history.source:
+        has_begun = self._watch.step != self._settings.first_step
+        if has_begun or self._watch.history.has_start or self._watch.history.source:
             raise RuntimeError("resume is called after the first step; accepted: before it")
         return self._watch.resume(where)
 
@@ -349,7 +353,7 @@ class Monitor:
         Cost:
             One read of the gradients beside what clip costs.
         """
-        self._own(self._watch.observe_update)
+        self._own(self._watch.note_clip_begins)
         result = clip()
         self._own(self._watch.note_clipped)
         return result

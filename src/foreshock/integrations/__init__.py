@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from foreshock.integrations import huggingface as huggingface
+    from foreshock.integrations import lightning as lightning
 
-_NEEDS = {"huggingface": "transformers"}
+_NEEDS = {"huggingface": "transformers", "lightning": "lightning"}
 
 
 def __getattr__(name: str) -> Any:
