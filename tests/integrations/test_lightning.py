@@ -409,6 +409,28 @@ def test_the_trainer_is_left_as_it_was(tmp_path: Path) -> None:
     assert callback.monitor is None
 
 
+def test_what_others_have_wrapped_meanwhile_stays_wrapped(tmp_path: Path) -> None:
+    counted: list[int] = []
+
+    class Counting(pl.Callback):  # type: ignore[misc,name-defined]
+        def on_train_start(self, trainer: Any, module: Any) -> None:
+            optimizer = trainer.optimizers[0]
+            inner = optimizer.step
+
+            def step(*args: Any, **kwargs: Any) -> Any:
+                counted.append(trainer.global_step)
+                return inner(*args, **kwargs)
+
+            optimizer.step = step
+
+    callback = monitor_callback(tmp_path, guard_enabled=True)
+    trainer = fit(tmp_path, Module(), None, callbacks=[callback, Counting()], max_steps=3)
+    assert counted == [0, 1, 2]
+    trainer.optimizers[0].step()
+    assert len(counted) == 4
+    assert callback.summary["total_steps"] == 3
+
+
 def test_an_exception_ends_the_watching_and_leaves_a_summary(tmp_path: Path) -> None:
     def fail(module: torch.nn.Module) -> None:
         raise RuntimeError("no more")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import os
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from foreshock.guard import Guard, Stateful, Verdict
+from foreshock.integrations.wrapped_calls import WrappedCalls
 from foreshock.monitor import Monitor
 
 try:
@@ -178,39 +177,41 @@ class _Attached:
     ) -> None:
         self.monitor = monitor
         self._trainer = trainer
-        self._optimizer = optimizer = trainer.optimizers[0]
-        self._gated, self._ungated = optimizer.step, ungated
+        self._ungated = ungated
         self._verdict: Verdict | bool = True
         self._loss = torch.zeros(())
         self._update: int | None = None
         """Number of the update that the loss belongs to."""
         self._is_judged = False
         self._told_step: object = None
+        self._calls = WrappedCalls()
+        self._calls.wrap(trainer.precision_plugin, "clip_gradients", self._clip)
+        optimizer = trainer.optimizers[0]
         if _may_run_closure_ahead(optimizer, only_observes):
-            self._install_step()
-        self._plugin = plugin = trainer.precision_plugin
-        self._clip = clip = plugin.clip_gradients
-        self._had_own_clip = "clip_gradients" in vars(plugin)
-        plugin.clip_gradients = functools.wraps(clip)(
-            lambda *args, **kw: monitor.clipped_by(lambda: clip(*args, **kw))
-        )
-
-    def _install_step(self) -> None:
-        @functools.wraps(self._gated)  # keeps the mark by which schedulers know their wrapping
-        def step(_: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
-            return self._step(*args, **kwargs)
-
-        # A bound method, as a scheduler that wraps it later expects.
-        self._optimizer.step = types.MethodType(step, self._optimizer)
+            self._calls.wrap(optimizer, "step", self._step)
 
     def close(self) -> dict[str, Any]:
         """Puts back what was wrapped."""
-        if self._had_own_clip:
-            self._plugin.clip_gradients = self._clip
-        else:
-            del self._plugin.clip_gradients
-        self._optimizer.step = self._gated
+        self._calls.undo()
         return self.monitor.finalize()
+
+    def _clip(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.monitor.clipped_by(lambda: inner(*args, **kwargs))
+
+    def _step(
+        self,
+        gated: Callable[..., Any],
+        closure: Callable[[], Any] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """The closure first, since what it computes decides on the step."""
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        (gated if self._has_loss else self._ungated)(*args, **kwargs)
+        return result
 
     def add_loss(self, loss: torch.Tensor) -> None:
         """Of one of the batches whose gradients make an update, divided by their number."""
@@ -235,15 +236,6 @@ class _Attached:
         if self._has_loss and not self._is_judged:
             self._is_judged = True
             self._verdict = self.monitor.step(self._loss)
-
-    def _step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
-        """The closure first, since what it computes decides on the step."""
-        result = None
-        if closure is not None:
-            with torch.enable_grad():
-                result = closure()
-        (self._gated if self._has_loss else self._ungated)(*args, **kwargs)
-        return result
 
     def tell(self) -> None:
         """To the loggers, which take numbers, and to the Trainer."""
