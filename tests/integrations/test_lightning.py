@@ -19,6 +19,7 @@ from torch import Tensor
 import foreshock
 from foreshock.drill.gpt import GPT, GPTConfig, next_token_loss
 from foreshock.drill.text import TextBatches, Vocabulary, load_corpus
+from foreshock.guard import LaggingWatch
 from foreshock.records import read_telemetry
 
 pl = pytest.importorskip("lightning.pytorch")
@@ -282,6 +283,42 @@ def test_gradients_that_a_later_callback_spoils_are_withheld_too(tmp_path: Path)
     fit(tmp_path, module := Module(), None, callbacks=[callback, Spoiling()], max_steps=12)
     assert [r["step"] for r in records(tmp_path, "update_skipped")] == [7]
     assert is_finite(module)
+
+
+class RunsAhead(pl.Callback):  # type: ignore[misc,name-defined]
+    """Sees to it that the host does not wait for the device, which here is the CPU."""
+
+    def __init__(self, callback: Any) -> None:
+        self.callback = callback
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
+        assert isinstance(self.callback.monitor._watch, LaggingWatch)
+
+
+@pytest.mark.parametrize("is_guarded", [False, True])
+def test_a_host_that_runs_ahead_changes_no_bit(
+    tmp_path: Path, is_guarded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("foreshock.monitor._LAGGING_DEVICE", "cpu")
+    fit(tmp_path, alone := Module(fused=True))
+    callback = monitor_callback(tmp_path, guard_enabled=is_guarded)
+    fit(tmp_path, watched := Module(fused=True), callback, callbacks=[RunsAhead(callback)])
+    assert have_same_bits(alone, watched)
+    assert callback.summary["total_steps"] == STEPS
+
+
+def test_a_host_that_runs_ahead_rolls_back_a_step_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("foreshock.monitor._LAGGING_DEVICE", "cpu")
+    callback = monitor_callback(tmp_path, guard_enabled=True)
+    module = Module({24: strike_weight}, fused=True)
+    fit(tmp_path, module, callback, callbacks=[RunsAhead(callback)])
+    (event,) = records(tmp_path, "rollback_success")
+    assert (event["step"], event["to_step"]) == (24, 20)
+    assert event["offender"]["name"] == WEIGHT
+    assert is_finite(module)
+    assert callback.summary["guard"]["total_recoveries"] == 1
 
 
 def test_observing_only_tells(tmp_path: Path) -> None:
