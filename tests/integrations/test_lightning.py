@@ -6,6 +6,7 @@ import copy
 import csv
 import importlib
 import json
+import logging
 import math
 import sys
 from collections.abc import Callable
@@ -247,6 +248,27 @@ def test_averaged_weights_are_rolled_back(tmp_path: Path) -> None:
     assert is_finite(average._average_model)
 
 
+def test_a_scheduler_that_was_put_in_the_place_of_another_is_rolled_back(tmp_path: Path) -> None:
+    averaging = pl.callbacks.StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=2)
+    steps: dict[int, tuple[str, int]] = {}
+
+    class Looking(pl.Callback):  # type: ignore[misc,name-defined]
+        def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
+            scheduler = trainer.lr_scheduler_configs[0].scheduler
+            steps[trainer.global_step - 1] = (type(scheduler).__name__, scheduler.last_epoch)
+
+    callback = monitor_callback(tmp_path, guard_enabled=True)
+    given = {"max_steps": -1, "max_epochs": 3, "limit_train_batches": 10}
+    # Batches are counted over all epochs.
+    module = Module({17: strike_weight, 28: strike_weight})
+    fit(tmp_path, module, callback, callbacks=[averaging, Looking()], **given)
+    told = [(r["step"], r["to_step"]) for r in records(tmp_path, "rollback_success")]
+    assert told == [(17, 10), (28, 20)]
+    assert steps[9][0] == "LambdaLR"
+    assert {steps[n][0] for n in (16, 17, 19, 28)} == {"SWALR"}
+    assert is_finite(module)
+
+
 def test_a_bad_gradient_does_not_reach_the_optimizer(tmp_path: Path) -> None:
     def strike_gradient(module: Any) -> None:
         weight = module.get_parameter(WEIGHT)
@@ -423,6 +445,20 @@ def test_manual_optimization_is_refused_with_what_to_do_instead(tmp_path: Path) 
     module.automatic_optimization = False
     with pytest.raises(ValueError, match=r"automatic_optimization is False.*foreshock\.Monitor"):
         fit(tmp_path, module, monitor_callback(tmp_path), gradient_clip_val=None)
+
+
+def test_without_an_optimizer_there_is_nothing_to_watch(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Idle(Module):  # type: ignore[misc,valid-type]
+        def configure_optimizers(self) -> Any:
+            return None
+
+    callback = monitor_callback(tmp_path)
+    with caplog.at_level(logging.WARNING, "foreshock"):
+        fit(tmp_path, Idle(), callback, max_steps=3)
+    assert "nothing to watch" in caplog.text
+    assert callback.summary is None
 
 
 def test_the_trainer_is_left_as_it_was(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,8 @@ except ModuleNotFoundError:  # the same Trainer under its older name
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+
+_log = logging.getLogger("foreshock")
 
 
 class MonitorCallback(Callback):  # type: ignore[misc]
@@ -106,6 +109,9 @@ class MonitorCallback(Callback):  # type: ignore[misc]
                 "by itself, with one optimizer or several, uses foreshock.Monitor instead"
             )
         optimizer = trainer.optimizers[0]  # the only one, where optimization is automatic
+        if not optimizer.param_groups:
+            _log.warning("configure_optimizers has returned None: there is nothing to watch")
+            return
         ungated = optimizer.step
         monitor = Monitor(
             pl_module,
@@ -262,10 +268,28 @@ def _may_run_closure_ahead(optimizer: torch.optim.Optimizer, only_observes: bool
     return not is_required and (is_torchs or not only_observes)
 
 
+class _Schedulers:
+    """The schedulers of a Trainer, whose callbacks may replace them while it trains."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def _present(self) -> list[Any]:
+        return [config.scheduler for config in self._trainer.lr_scheduler_configs]
+
+    def state_dict(self) -> list[Any]:
+        return [[type(s).__name__, s.state_dict()] for s in self._present()]
+
+    def load_state_dict(self, state_dict: list[Any]) -> None:
+        """One that has come in the place of another since then is left as it is."""
+        for scheduler, (kind, saved) in zip(self._present(), state_dict, strict=False):
+            if type(scheduler).__name__ == kind:
+                scheduler.load_state_dict(saved)
+
+
 def _state_of(trainer: Trainer) -> dict[str, Stateful]:
     """What belongs to the state of the run beside model and optimizer."""
-    configured = [config.scheduler for config in trainer.lr_scheduler_configs]
-    state = {f"scheduler_{i}": scheduler for i, scheduler in enumerate(configured)}
+    state: dict[str, Stateful] = {"schedulers": _Schedulers(trainer)}
     scaler = _scaler_of(trainer)
     if scaler is not None:
         state["scaler"] = scaler
