@@ -23,6 +23,16 @@ def run_example(name: str, out_dir: Path, *more: str) -> str:
     return done.stdout
 
 
+def test_fabric_loop_recovers_from_a_nan_in_a_weight(tmp_path: Path) -> None:
+    printed = run_example("fabric_loop.py", tmp_path)
+    assert "step 70: roll_back, parameter blocks.1.mlp.up.weight: 1 NaN" in printed
+    assert "RECOVERED after 120 steps" in printed
+    first, last = float(printed.split("loss ")[1][:4]), float(printed.split("loss ")[-1])
+    assert first > 4
+    assert last < 3
+    assert (tmp_path / "summary.json").exists()
+
+
 def test_surprise_mlp_flags_digits_that_were_never_learned(tmp_path: Path) -> None:
     printed = run_example("surprise_mlp.py", tmp_path)
     rows = re.findall(r"flagged +([\d.]+)%  AUROC ([\d.]+)", printed)

@@ -15,6 +15,7 @@ import torch
 from pydantic import NonNegativeInt, PositiveInt
 
 from foreshock.activation_watch import ActivationWatch
+from foreshock.function_monitor import FunctionMonitor
 from foreshock.gate_watch import GateWatch
 from foreshock.gates import AlphaSchedule, GateMonitor, GateSettings, gates_of
 from foreshock.guard import (
@@ -34,7 +35,7 @@ from foreshock.guard import (
     make_source,
 )
 from foreshock.guard.clipping import NonfiniteNorm, as_max_norm
-from foreshock.host_read import read
+from foreshock.host_read import as_number
 from foreshock.journal import Journal
 from foreshock.logit_watch import AttentionWatch, LogitWatch
 from foreshock.noise_watch import NoiseWatch
@@ -319,6 +320,22 @@ class Monitor:
             record=self._record,
         )
 
+    @staticmethod
+    def from_functions(
+        save_fn: Callable[[], Any],
+        load_fn: Callable[[Any], object],
+        get_lr: Callable[[], Any],
+        set_lr: Callable[[float], object],
+        out_dir: str | os.PathLike[str],
+        guard: Guard | None = None,
+        **more: Any,
+    ) -> FunctionMonitor:
+        """A monitor of state that is not torch's, which functions save and put back.
+
+        See `foreshock.function_monitor.FunctionMonitor`, whose arguments these are.
+        """
+        return FunctionMonitor(save_fn, load_fn, get_lr, set_lr, out_dir, guard, **more)
+
     # ---- what a training loop calls
 
     def resume(self, path: str | os.PathLike[str] | None = None) -> int | None:
@@ -420,7 +437,7 @@ class Monitor:
         Cost:
             One read of the gradients beside what clip costs.
         """
-        self._own(self._watch.observe_update)
+        self._own(self._watch.note_clip_begins)
         result = clip()
         self._own(self._watch.note_clipped)
         return result
@@ -446,7 +463,7 @@ class Monitor:
         """
         begun = self._journal.begin()
         try:
-            value = loss if self._lags(loss) else _as_number(loss, "loss")
+            value = loss if self._lags(loss) else as_number(loss, "loss")
             self._logits.offer(logits)
             self._attention.offer(attention_logits)
             return self._safely(lambda: self._judge(value), Verdict(self._watch.step))
@@ -667,15 +684,3 @@ def _checked_state(state: Mapping[str, Stateful]) -> Mapping[str, Stateful]:
         if name in RESERVED_NAMES:
             raise ValueError(f"state has the key {name!r}, which is taken; accepted: another name")
     return state
-
-
-def _as_number(value: torch.Tensor | float, name: str) -> float:
-    try:
-        return float(read(value).item() if isinstance(value, torch.Tensor) else value)
-    except (TypeError, ValueError, RuntimeError):
-        given = type(value).__name__
-        if isinstance(value, torch.Tensor):
-            given = f"tensor of shape {tuple(value.shape)} and {value.dtype}"
-        raise TypeError(
-            f"{name} is a {given}; accepted: a number, or a tensor with one element"
-        ) from None
