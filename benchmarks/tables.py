@@ -208,6 +208,12 @@ TABLES: dict[str, Callable[[], str]] = {
             ),
         ],
     ),
+    "gates": lambda: a_table_a_case("gates", [MEDIAN, SPREAD, TIMES_OURS], by="median_ms"),
+    "gates_in_training": lambda: a_table_a_case(
+        "gates_in_training",
+        [MEDIAN, SPREAD, Column("overhead", lambda row: f"{row['percent']:+.2f} %")],
+        by="percent",
+    ),
     "spikes": lambda: a_table_a_case(
         "spikes",
         [

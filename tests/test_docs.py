@@ -17,6 +17,11 @@ EXAMPLES = [
     for page in PAGES
     for i, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
 ]
+NOT_OURS = [
+    "ignore:`isinstance(treespec, LeafSpec)` is deprecated:FutureWarning",
+    "ignore:The 'train_dataloader' does not have many workers",
+]
+"""Warnings of Lightning's own code, and of its taste."""
 
 
 def test_there_are_examples() -> None:
@@ -26,7 +31,7 @@ def test_there_are_examples() -> None:
 @pytest.mark.parametrize("code", EXAMPLES)
 def test_example_runs(code: str, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
+        [sys.executable, "-W", "error", *(f"-W{w}" for w in NOT_OURS), "-c", code],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from foreshock import gates as gates
     from foreshock import guard as guard
     from foreshock import integrations as integrations
     from foreshock import ops as ops
@@ -34,6 +35,7 @@ _LAZY = {
     "Verdict": "foreshock.monitor",
     "entropy_rate": "foreshock.signals",
     "f_total": "foreshock.signals",
+    "gates": "",
     "guard": "",
     "integrations": "",
     "load_settings": "foreshock.settings_file",

@@ -50,3 +50,25 @@ class Later:
         if self._arrival is not None:
             self._arrival.synchronize()
         return read(self._host)
+
+
+def as_number(value: Any, name: str) -> float:
+    """A number, or a tensor with one element, as a float.
+
+    Args:
+        value: anything else is refused.
+        name: of the argument.
+    Raises:
+        TypeError: names the argument, what was given and what is accepted.
+    Cost:
+        Waits for the device that a tensor is on.
+    """
+    try:
+        return float(read(value).item() if isinstance(value, torch.Tensor) else value)
+    except (TypeError, ValueError, RuntimeError):
+        given = type(value).__name__
+        if isinstance(value, torch.Tensor):
+            given = f"tensor of shape {tuple(value.shape)} and {value.dtype}"
+        raise TypeError(
+            f"{name} is a {given}; accepted: a number, or a tensor with one element"
+        ) from None

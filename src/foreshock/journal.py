@@ -15,6 +15,7 @@ from foreshock.guard import (
     AnomalySeen,
     Cause,
     Event,
+    GateAtRisk,
     Offender,
     Reason,
     Recovered,
@@ -54,6 +55,7 @@ _EVENT_NAMES: dict[type, str] = {
     Aborted: "aborted",
     RiskLevelChanged: "risk_level_changed",
     StepExamined: "autopsy",
+    GateAtRisk: "gate_at_risk",
 }
 _RESPONSE_NAMES = {
     (Response.TAKE_SNAPSHOT, True): "snapshot_requested",
@@ -338,6 +340,8 @@ def _sentence(event: Event) -> str:
     if isinstance(event, RiskAnswered):
         done = _RESPONSE_NAMES[event.response, event.is_done].replace("_", " ")
         return f"spectral risk {event.level.name}: {done}"
+    if isinstance(event, GateAtRisk):
+        return _sentence_on_gate(event)
     why = _because(event.reasons, event.offender)
     if isinstance(event, UpdateSkipped):
         return f"update withheld: {why}"
@@ -347,3 +351,12 @@ def _sentence(event: Event) -> str:
     if isinstance(event, Aborted):
         return f"training is told to stop: {why}"
     return f"anomaly, nothing done ({event.would.value} would have been): {why}"
+
+
+def _sentence_on_gate(event: GateAtRisk) -> str:
+    is_alpha = event.what == "alpha"
+    what = "sigmoid(alpha)" if is_alpha else "|R^T R - I|"
+    said = f"gate {event.gate}: {what} is {event.value:.3g}"
+    if event.expected is None:
+        return said
+    return f"{said}, {'planned' if is_alpha else 'accepted'} is {event.expected:.3g}"

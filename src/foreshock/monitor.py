@@ -15,6 +15,9 @@ import torch
 from pydantic import NonNegativeInt, PositiveInt
 
 from foreshock.activation_watch import ActivationWatch
+from foreshock.function_monitor import FunctionMonitor
+from foreshock.gate_watch import GateWatch
+from foreshock.gates import AlphaSchedule, GateMonitor, GateSettings, gates_of
 from foreshock.guard import (
     RESERVED_NAMES,
     Aborted,
@@ -32,7 +35,7 @@ from foreshock.guard import (
     make_source,
 )
 from foreshock.guard.clipping import NonfiniteNorm, as_max_norm
-from foreshock.host_read import read
+from foreshock.host_read import as_number
 from foreshock.journal import Journal
 from foreshock.logit_watch import AttentionWatch, LogitWatch
 from foreshock.noise_watch import NoiseWatch
@@ -63,7 +66,8 @@ class MonitorSettings(Settings):
     """Cadence of the monitor; what may be done about a bad step is `Guard`'s."""
 
     accepted_beside: ClassVar[tuple[str, ...]] = (
-        "model", "optimizer", "out_dir", "guard", "state", "surprise", "sinks", "sync",
+        "model", "optimizer", "out_dir", "guard", "state", "surprise", "gate_schedule", "sinks",
+        "sync",
         "save_metrics", "save_metrics_steps",
     )  # fmt: skip
 
@@ -112,6 +116,10 @@ class MonitorSettings(Settings):
     """Shell patterns for the names of the modules whose outputs are looked at."""
     activation_interval: PositiveInt = 50
     """Steps between looks at them, of which the second step is the first."""
+    gate_interval: PositiveInt = 10
+    """Steps between looks at the rotation gates, if the model has some."""
+    gates: GateSettings = GateSettings()
+    """When what is seen of them is a risk."""
 
 
 class Monitor:
@@ -146,6 +154,8 @@ class Monitor:
         spectral_interval: steps between looks at them.
         surprise: a probe of this model, fitted to what it knew before; now and then it listens to a
             step, and telemetry says how unlike that the batch was.
+        gate_schedule: that rotation gates of the model are to keep to; it is rolled back with the
+            run. Gates are found, and followed, by themselves.
         save_metrics: whether loss, learning rate and gradient norm of every step are recorded, in
             `metrics`, and drawn in the end, in `plots`.
         save_metrics_steps: steps between writing them.
@@ -177,6 +187,7 @@ class Monitor:
         spectral_enabled: bool = True,
         spectral_interval: int = 50,
         surprise: SurpriseProbe | None = None,
+        gate_schedule: AlphaSchedule | None = None,
         save_metrics: bool = False,
         save_metrics_steps: int = 10,
         sinks: Sequence[Sink] = (),
@@ -198,7 +209,11 @@ class Monitor:
         )
         self._guard = guard or Guard()
         self._optimizer = optimizer
+        is_schedule = gate_schedule is None or isinstance(gate_schedule, AlphaSchedule)
+        _require(is_schedule, "gate_schedule", gate_schedule, "an AlphaSchedule or None")
         state = dict(_checked_state(state or {}))
+        if gate_schedule is not None:
+            state["gate_schedule"] = gate_schedule
         spectra = self._follow_spectra(model)
         if spectra is not None:
             state["spectral"] = spectra
@@ -207,7 +222,7 @@ class Monitor:
             state["noise"] = self._noise
         self._logits = LogitWatch(self._settings.logit_interval, self._record_series)
         self._attention = AttentionWatch(self._settings.logit_interval, self._record_series)
-        watches = self._make_watches(model, surprise)
+        watches = self._make_watches(model, surprise, gate_schedule)
         self._watches = {name: shielded(name, watch) for name, watch in watches.items()}
         state.update({n: w for n, w in self._watches.items() if isinstance(w, Stateful)})
         lags = not sync and can_lag(model, optimizer, self._guard, _LAGGING_DEVICE)
@@ -254,7 +269,10 @@ class Monitor:
         return noise
 
     def _make_watches(
-        self, model: torch.nn.Module, surprise: SurpriseProbe | None
+        self,
+        model: torch.nn.Module,
+        surprise: SurpriseProbe | None,
+        gate_schedule: AlphaSchedule | None,
     ) -> dict[str, StepWatch]:
         """Those that are asked for, by the name under which their state is kept."""
         watches: dict[str, StepWatch] = {"logits": self._logits, "attention": self._attention}
@@ -264,6 +282,11 @@ class Monitor:
         if given.activation_modules:
             watches["activations"] = ActivationWatch(
                 model, given.activation_modules, given.activation_interval, self._record_series
+            )
+        if gates_of(model):
+            gates = GateMonitor(model, gate_schedule, given.gates)
+            watches["gates"] = GateWatch(
+                gates, given.gate_interval, self._record, self._record_series
             )
         return watches
 
@@ -296,6 +319,22 @@ class Monitor:
             may_act=given.spectral_response == "act",
             record=self._record,
         )
+
+    @staticmethod
+    def from_functions(
+        save_fn: Callable[[], Any],
+        load_fn: Callable[[Any], object],
+        get_lr: Callable[[], Any],
+        set_lr: Callable[[float], object],
+        out_dir: str | os.PathLike[str],
+        guard: Guard | None = None,
+        **more: Any,
+    ) -> FunctionMonitor:
+        """A monitor of state that is not torch's, which functions save and put back.
+
+        See `foreshock.function_monitor.FunctionMonitor`, whose arguments these are.
+        """
+        return FunctionMonitor(save_fn, load_fn, get_lr, set_lr, out_dir, guard, **more)
 
     # ---- what a training loop calls
 
@@ -398,7 +437,7 @@ class Monitor:
         Cost:
             One read of the gradients beside what clip costs.
         """
-        self._own(self._watch.observe_update)
+        self._own(self._watch.note_clip_begins)
         result = clip()
         self._own(self._watch.note_clipped)
         return result
@@ -424,7 +463,7 @@ class Monitor:
         """
         begun = self._journal.begin()
         try:
-            value = loss if self._lags(loss) else _as_number(loss, "loss")
+            value = loss if self._lags(loss) else as_number(loss, "loss")
             self._logits.offer(logits)
             self._attention.offer(attention_logits)
             return self._safely(lambda: self._judge(value), Verdict(self._watch.step))
@@ -645,15 +684,3 @@ def _checked_state(state: Mapping[str, Stateful]) -> Mapping[str, Stateful]:
         if name in RESERVED_NAMES:
             raise ValueError(f"state has the key {name!r}, which is taken; accepted: another name")
     return state
-
-
-def _as_number(value: torch.Tensor | float, name: str) -> float:
-    try:
-        return float(read(value).item() if isinstance(value, torch.Tensor) else value)
-    except (TypeError, ValueError, RuntimeError):
-        given = type(value).__name__
-        if isinstance(value, torch.Tensor):
-            given = f"tensor of shape {tuple(value.shape)} and {value.dtype}"
-        raise TypeError(
-            f"{name} is a {given}; accepted: a number, or a tensor with one element"
-        ) from None

@@ -231,15 +231,15 @@ def test_state_made_since_the_capture_is_dropped_and_state_lost_is_made_anew() -
     assert all(same(state_of(optimizer)[path], value) for path, value in before.items())
 
 
-def test_hyperparameters_come_back_and_an_added_group_stays() -> None:
+def test_hyperparameters_come_back_and_what_was_added_stays() -> None:
     model, optimizer = trained(lambda ps: SGD(ps, lr=0.1, momentum=0.9))
     state = OptimizerState(optimizer)
     saved = state.capture()
-    optimizer.param_groups[0].update(lr=5.0, momentum=0.0, added="later")
+    optimizer.param_groups[0].update(lr=5.0, momentum=0.0, swa_lr=0.2)  # as SWALR does
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 3.0})
     state.restore(saved)
     first, second = optimizer.param_groups
-    assert (first["lr"], first["momentum"], "added" in first) == (0.1, 0.9, False)
+    assert (first["lr"], first["momentum"], first["swa_lr"]) == (0.1, 0.9, 0.2)
     assert second["lr"] == 3.0
     assert len(first["params"]) == len(list(model.parameters()))
 

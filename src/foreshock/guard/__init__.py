@@ -10,6 +10,7 @@ from foreshock.guard.events import (
     BatchSeen,
     Cause,
     Event,
+    GateAtRisk,
     Offender,
     Place,
     Reason,
@@ -29,13 +30,15 @@ from foreshock.guard.events import (
     Verdict,
 )
 from foreshock.guard.examination import Examination, batch_seen, hash_batch
+from foreshock.guard.function_state import FunctionState, tensors_of
 from foreshock.guard.history import RESERVED_NAMES, History
 from foreshock.guard.inspection import Finding, Inspector, inspect_gradients, inspect_weights
 from foreshock.guard.lagging_watch import LaggingWatch, can_lag
-from foreshock.guard.learning_rate import LearningRateBackoff
+from foreshock.guard.learning_rate import LearningRateBackoff, RateBehindFunctions
 from foreshock.guard.policy import Decision, Policy, Signs
 from foreshock.guard.replay import BatchSource, BufferedSource, make_source
 from foreshock.guard.snapshots import Snapshot, SnapshotRing
+from foreshock.guard.spikes import SpikeDetector
 from foreshock.guard.state import (
     GradientState,
     NamedTensors,
@@ -63,6 +66,8 @@ __all__ = [
     "Event",
     "Examination",
     "Finding",
+    "FunctionState",
+    "GateAtRisk",
     "GradientState",
     "Guard",
     "History",
@@ -76,6 +81,7 @@ __all__ = [
     "Place",
     "Policy",
     "RandomState",
+    "RateBehindFunctions",
     "Reason",
     "Recovered",
     "Response",
@@ -90,6 +96,7 @@ __all__ = [
     "SnapshotNotSaved",
     "SnapshotRing",
     "SnapshotSaved",
+    "SpikeDetector",
     "Stateful",
     "StatefulPart",
     "StepExamined",
@@ -107,4 +114,5 @@ __all__ = [
     "inspect_weights",
     "make_source",
     "named_parameters",
+    "tensors_of",
 ]

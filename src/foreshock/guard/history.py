@@ -31,7 +31,7 @@ _CLOSE_TIMEOUT_S = 60.0
 _GRADIENTS = "gradients"
 _RUN = "run"
 """What only another process takes over; a rollback that restored it would never be counted."""
-_SIGNALS = ("spikes", "spectral", "noise", "surprise", "logits")
+_SIGNALS = ("spikes", "spectral", "noise", "surprise", "logits", "gates", "gate_schedule")
 RESERVED_NAMES = (
     "parameters",
     "buffers",

@@ -281,6 +281,9 @@ class LaggingWatch(Watch):
             self.note_clipped()
         return norm if first_dtype(self.parameters) is torch.float64 else norm.float()
 
+    def note_clip_begins(self) -> None:
+        self._report_on_gradients()
+
     def largest_gradients(self, k: int) -> dict[str, float]:
         return {} if self._settled is None else self._settled.gradients.largest_norms(k)
 

@@ -186,9 +186,10 @@ class OptimizerState:
 
     def restore(self, saved: Any) -> None:
         with torch.no_grad():
-            # Not strict: a group that was added since then stays.
+            # Not strict: a group that was added since then stays, and what was put into one, as by
+            # a scheduler that reads it at its next step.
             for group, kept in zip(self._optimizer.param_groups, saved["groups"], strict=False):
-                _restore_into(group, kept, keep=("params",))
+                _restore_into(group, kept, keep=tuple(group))
             for (p, group), kept in zip(self._owners(), saved["state"], strict=False):
                 if kept is None:
                     self._optimizer.state.pop(p, None)

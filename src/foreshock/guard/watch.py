@@ -549,6 +549,10 @@ class Watch:
         self.note_clipped()
         return finding
 
+    def note_clip_begins(self) -> None:
+        """Somebody else is about to scale the gradients: what is in them before that counts."""
+        self._known_finding()
+
     def note_clipped(self) -> None:
         """The gradients were scaled by us: they are still the ones that were scanned."""
         self._current.gradient_mark = self._look_at_gradients()

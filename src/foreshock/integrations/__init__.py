@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from foreshock.integrations import accelerate as accelerate
     from foreshock.integrations import huggingface as huggingface
+    from foreshock.integrations import lightning as lightning
 
-_NEEDS = {"accelerate": "accelerate", "huggingface": "transformers"}
+_NEEDS = {"accelerate": "accelerate", "huggingface": "transformers", "lightning": "lightning"}
 
 
 def __getattr__(name: str) -> Any:
