@@ -30,6 +30,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     copy = tmp_path / "bundled" / "benchmarks"
     shutil.copytree(bench.folder(), copy, ignore=shutil.ignore_patterns("results", "__pycache__"))
     monkeypatch.setattr(bench, "folder", lambda: copy)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # or it would not be timed
     return copy
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 
 from foreshock.records import SeriesRecorder, read_telemetry
+from foreshock.records.event_sentence import event_sentence
+from foreshock.report import events as events_module
 from foreshock.report import report_data
 from foreshock.report.curves import MAX_CURVES, MAX_LABELS, MAX_POINTS, Curves
-from foreshock.report.events import MAX_MARKS, MAX_ROWS, Events
+from foreshock.report.events import LANES, MAX_MARKS, MAX_ROWS, Events
 from foreshock.report.layerwise import read_layerwise
 from foreshock.report.risk import RiskBands
 from foreshock.report.telemetry import RunSeen
@@ -323,7 +326,6 @@ def test_other_npz_files_are_left_alone_and_a_wrong_one_is_told(run: Path, break
 
 def test_every_event_that_the_monitor_writes_has_a_sentence_and_a_row() -> None:
     from foreshock import journal
-    from foreshock.records.event_sentence import event_sentence
 
     for name in [*journal._EVENT_NAMES.values(), *journal._RESPONSE_NAMES.values()]:
         events = Events()
@@ -347,3 +349,19 @@ def test_a_recorded_series_has_a_curve_for_each_label(tmp_path: Path) -> None:
     assert curve(data, "rms.layers.0", "monitoring/logits.jsonl")["mean"] == [0, 1, 2]
     assert [picture["file"] for picture in data["pictures"]] == ["monitoring/logits.png"]
     assert not any("npz" in problem for problem in data["problems"])
+
+
+def test_every_row_of_events_has_a_shape_of_its_own() -> None:
+    script = (Path(events_module.__file__).parent / "page" / "run_charts.js").read_text()
+    shapes = dict(re.findall(r'^  "([a-z ]+)": "(M[^"]+)"', script, re.M))
+    assert set(shapes) == set(LANES.values())
+    of_one_kind = {"rollbacks not made"}  # drawn as rollbacks are
+    assert len({shapes[lane] for lane in set(shapes) - of_one_kind}) == len(shapes) - 1
+
+
+def test_a_gate_at_risk_is_told_with_what_was_accepted() -> None:
+    said = {"event": "gate_at_risk", "gate": "h.3", "what": "orthogonality", "value": 0.5}
+    assert event_sentence(said) == "gate h.3: |R^T R - I| is 0.5"
+    assert event_sentence(said | {"expected": 0.001}).endswith("is 0.5, accepted is 0.001")
+    alpha = said | {"what": "alpha", "expected": 0.1}
+    assert event_sentence(alpha) == "gate h.3: sigmoid(alpha) is 0.5, planned is 0.1"

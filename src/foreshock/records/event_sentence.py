@@ -65,6 +65,18 @@ def _risk_changed(record: Record) -> str:
     return f"spectral risk {before} to {level} ({record.get('worst_layer', '?')})"
 
 
+def _gate_at_risk(record: Record) -> str:
+    is_alpha = record.get("what") == "alpha"
+    what = "sigmoid(alpha)" if is_alpha else "|R^T R - I|"
+    said = f"gate {record.get('gate', '?')}: {what} is {record.get('value', '?')}"
+    expected = record.get("expected")
+    return (
+        said
+        if expected is None
+        else f"{said}, {'planned' if is_alpha else 'accepted'} is {expected}"
+    )
+
+
 def _by_name(record: Record) -> str:
     return str(record.get("event", "event without a name")).replace("_", " ") + _because(record)
 
@@ -82,5 +94,6 @@ _SENTENCES: dict[str, Callable[[Record], str]] = {
     "resumed": lambda record: f"the run goes on from {record.get('path', '?')}",
     "aborted": lambda record: f"training was told to stop{_because(record)}",
     "risk_level_changed": _risk_changed,
+    "gate_at_risk": _gate_at_risk,
     "autopsy": lambda record: str(record.get("sentence", "autopsy")),
 }

@@ -17,6 +17,7 @@ LANES = {
     "anomaly_seen": "anomalies",
     "recovered": "recoveries",
     "risk_level_changed": "risk changes",
+    "gate_at_risk": "gates at risk",
     "snapshot_saved": "snapshots",
     "snapshot_not_saved": "snapshots",
     "snapshot_dropped": "snapshots",
