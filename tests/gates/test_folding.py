@@ -112,6 +112,13 @@ class ReadTwice(nn.Module):
         return self.second(self.first(x)) + self.second(x)
 
 
+class Borrowed(ReadTwice):
+    """The weight of the linear layer behind is used without it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x)) + nn.functional.linear(x, self.second.weight)
+
+
 class Tied(nn.Module):
     """The weight belongs to somebody else too."""
 
@@ -151,6 +158,7 @@ STAY = [
     (Peeked, "first", "the trace comes by it 2 times"),
     (Forked, "first", "it stands between Linear and call_function tanh"),
     (ReadTwice, "first", "it stands between Tanh and Linear"),
+    (Borrowed, "first", "it stands between Tanh and Linear"),
     (Tied, "first", "it stands between Linear and call_function"),
     (Looking, "first", "the model cannot be traced"),
     (Observed, "first", "it stands between Linear and"),
@@ -159,7 +167,7 @@ STAY = [
 ]
 
 
-@pytest.mark.parametrize(("make", "name", "why"), STAY, ids=[why for *_, why in STAY])
+@pytest.mark.parametrize(("make", "name", "why"), STAY, ids=[make.__name__ for make, *_ in STAY])
 def test_where_it_is_not_exact_a_gate_stays_as_a_constant(
     make: Callable[[], nn.Module], name: str, why: str
 ) -> None:

@@ -113,6 +113,8 @@ def _places(model: nn.Module, names: list[str]) -> dict[str, _Place | str]:
     for node in graph.nodes:
         if node.op == "call_module":
             calls.setdefault(node.target, []).append(node)
+        elif node.op == "get_attr":  # a weight that is used without its module
+            calls.setdefault(str(node.target).rpartition(".")[0], []).append(node)
     return {name: _place_of(model, name, calls) for name in names}
 
 
