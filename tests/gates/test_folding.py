@@ -142,6 +142,18 @@ class Looking(nn.Module):
         return self.second(self.first(x)) if x.sum() < 1e9 else x
 
 
+class Masked(nn.Module):
+    """What reads the gate depends on whether a mask is given, and by default it is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.masked, self.plain = nn.Tanh(), *(nn.Linear(WIDTH, WIDTH) for _ in "ab")
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = self.first(x)
+        return self.plain(x) if mask is None else self.masked(x) * mask
+
+
 class Observed(nn.Module):
     """A hook reads the linear layer's own output."""
 
@@ -162,6 +174,7 @@ STAY = [
     (Tied, "first", "it stands between Linear and call_function"),
     (Looking, "first", "the model cannot be traced"),
     (Observed, "first", "it stands between Linear and"),
+    (Masked, "first", "where it goes depends on whether mask is given"),
     (lambda: nn.Sequential(nn.Tanh(), nn.Tanh()), "0", "between Tanh and Tanh"),
     (lambda: nn.Sequential(nn.Linear(8, WIDTH), nn.Tanh()), "1", "between Linear and the output"),
 ]

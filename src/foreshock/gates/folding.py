@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -32,11 +33,12 @@ def fold(model: nn.Module, otherwise: Literal["constant", "error"] = "constant")
     - in the nn.Linear in front of it, whose output goes nowhere else: W <- M^T W, b <- M^T b;
     - in the nn.Linears behind it, if it is read by nothing but them: W <- W M^T,
 
-    as the graph of the model says that torch.fx traces. It is exact nowhere in a residual stream:
-    in front of a gate there is a sum, of which the linear layer makes one part, and behind it a
-    normalisation, and sums again. Such a gate stays as a constant matrix, without theta, alpha and
-    exponential. So do all gates of a model that torch.fx cannot trace, and those next to a linear
-    layer that is used twice, or shares its weight, or is not exactly an nn.Linear.
+    as the graph of the model says that torch.fx traces, with the arguments that may be None and
+    without them. It is exact nowhere in a residual stream: in front of a gate there is a sum, of
+    which the linear layer makes one part, and behind it a normalisation, and sums again. Such a
+    gate stays as a constant matrix, without theta, alpha and exponential. So do all gates of a
+    model that torch.fx cannot trace, and those next to a linear layer that is used twice, or shares
+    its weight, or is not exactly an nn.Linear.
 
     Args:
         model: changed in place.
@@ -102,10 +104,27 @@ def _turned(rows: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _places(model: nn.Module, names: list[str]) -> dict[str, _Place | str]:
-    """Where each gate can go, or why it cannot."""
+    """Where each gate can go, or why it cannot: with every argument of the model given, and not."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    left_out = {p.name: None for p in parameters if p.default is None}
+    given = _places_with(model, names, {})
+    if not left_out:
+        return given
+    otherwise = _places_with(model, names, left_out)
+    either: dict[str, _Place | str] = {
+        name: f"where it goes depends on whether {' and '.join(left_out)} is given"
+        for name in names
+        if given[name] != otherwise[name]
+    }
+    return given | either
+
+
+def _places_with(
+    model: nn.Module, names: list[str], left_out: Mapping[str, None]
+) -> dict[str, _Place | str]:
     try:
         tracer = _Tracer()
-        graph = tracer.trace(model)
+        graph = tracer.trace(model, concrete_args=dict(left_out) or None)
     except Exception as error:  # whatever a model does that cannot be traced
         reason = str(error).partition("\n")[0][:120]
         return dict.fromkeys(names, f"the model cannot be traced ({reason})")
