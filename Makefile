@@ -30,8 +30,9 @@ $(BUILD)/.installed: $(VENV)/.dependencies $(SOURCES)
 demo: setup
 	$(BIN)/foreshock demo
 
+# Threads that wait without spinning, since two processes share the cores.
 test: setup
-	FORESHOCK_STRICT=1 $(BIN)/python -m pytest
+	FORESHOCK_STRICT=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check .
@@ -45,7 +46,7 @@ lint: setup
 bench: setup
 	$(BIN)/python -m pytest benchmarks/health_scan.py benchmarks/power_iteration.py \
 		benchmarks/rolling_zscore.py benchmarks/soft_assign.py benchmarks/spikes.py \
-		benchmarks/spectral_risk.py benchmarks/recorder.py benchmarks/surprise.py \
+		benchmarks/spectral_risk.py benchmarks/recorder.py benchmarks/surprise.py benchmarks/gates.py \
 		benchmarks/overhead.py benchmarks/snapshots.py --benchmark-only -q -W default
 	$(BIN)/python -m benchmarks.ood.digits --store
 	$(BIN)/python -m benchmarks.ood.ablate --store

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import platform
 import subprocess
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,16 @@ import torch
 
 from foreshock.ops._backend import active_isa
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("FORESHOCK_BENCH_RESULTS") or Path(__file__).parent / "results")
+_SOURCES = Path(__file__).parent.parent
 _KEY = ("benchmark", "case", "variant", "machine")
 
 
 def _git(*arguments: str) -> str:
+    if not (_SOURCES / ".git").exists():
+        return ""  # installed: a repository further up is somebody else's
     done = subprocess.run(
-        ["git", *arguments], cwd=RESULTS, capture_output=True, text=True, check=False
+        ["git", *arguments], cwd=_SOURCES, capture_output=True, text=True, check=False
     )
     return done.stdout.strip()
 
@@ -43,7 +48,7 @@ def circumstances(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "git": _git("rev-parse", "--short=12", "HEAD"),
+        "git": _git("rev-parse", "--short=12", "HEAD") or f"of version {version('foreshock')}",
         "is_dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":!*.jsonl")),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

@@ -1,6 +1,7 @@
 """Writes the tables of README.md and docs/ from the stored rows: `python -m benchmarks.tables`.
 
-A table stands between two marks, <!-- table: NAME --> and <!-- end -->; `--check` only compares.
+A table stands between two marks, <!-- table: NAME --> and <!-- end -->; `--check` only compares,
+`--print` only prints those that have rows.
 """
 
 from __future__ import annotations
@@ -207,6 +208,12 @@ TABLES: dict[str, Callable[[], str]] = {
             ),
         ],
     ),
+    "gates": lambda: a_table_a_case("gates", [MEDIAN, SPREAD, TIMES_OURS], by="median_ms"),
+    "gates_in_training": lambda: a_table_a_case(
+        "gates_in_training",
+        [MEDIAN, SPREAD, Column("overhead", lambda row: f"{row['percent']:+.2f} %")],
+        by="percent",
+    ),
     "spikes": lambda: a_table_a_case(
         "spikes",
         [
@@ -246,6 +253,9 @@ def with_tables(text: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
+    if "--print" in arguments:
+        print("\n".join(f"\n{TABLES[name]()}" for name in TABLES if load(name)))
+        return 0
     stale = []
     for page in PAGES:
         text = page.read_text()

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from foreshock import cli
 from foreshock.drill import demo
+from foreshock.drill.demo import DemoOptions
 from foreshock.drill.gpt import GPTConfig, Recipe
 from foreshock.guard import Action, Reason
 from foreshock.records import read_summary, read_telemetry
@@ -23,7 +24,7 @@ TINY = Recipe(model=GPTConfig(context=16, width=32, num_blocks=3, num_heads=2), 
 
 
 def options(out: Path, **changes: object) -> demo.DemoOptions:
-    tiny = demo.DemoOptions(steps=30, out_dir=out, strike_step=14, recipe=TINY)
+    tiny = DemoOptions(steps=30, out_dir=out, strike_step=14, recipe=TINY)
     return dataclasses.replace(tiny, **changes)  # type: ignore[arg-type]
 
 
@@ -101,7 +102,7 @@ def test_a_demo_that_breaks_its_promise_says_so(
 
 
 def test_the_demo_command_tells_the_story(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "DemoOptions", functools.partial(tiny_options, tmp_path))
+    monkeypatch.setattr(demo, "DemoOptions", functools.partial(tiny_options, tmp_path))
     typed = ["demo", "--steps", "20", "--strike-step", "14", "--out-dir", str(tmp_path)]
     done = CliRunner().invoke(cli.app, typed, env={"COLUMNS": "200"})
     assert done.exit_code == 0, done.output
@@ -123,7 +124,7 @@ def test_the_demo_command_tells_the_story(tmp_path: Path, monkeypatch: pytest.Mo
 def test_the_demo_command_fails_if_its_promise_is_broken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "DemoOptions", functools.partial(tiny_options, tmp_path))
+    monkeypatch.setattr(demo, "DemoOptions", functools.partial(tiny_options, tmp_path))
     monkeypatch.setattr(demo, "strike", lambda model: None)
     done = CliRunner().invoke(cli.app, ["demo", "--steps", "20", "--strike-step", "14"])
     assert done.exit_code == 1

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from foreshock import ops as ops
-
 if TYPE_CHECKING:
+    from foreshock import gates as gates
     from foreshock import guard as guard
     from foreshock import integrations as integrations
+    from foreshock import ops as ops
     from foreshock import records as records
     from foreshock import signals as signals
+    from foreshock import sinks as sinks
     from foreshock import surprise as surprise
     from foreshock.guard import Action as Action
     from foreshock.guard import Guard as Guard
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from foreshock.signals import theta_consistency as theta_consistency
     from foreshock.signals import two_second_precursor as two_second_precursor
 
-# Loaded when first used, so that importing foreshock stays cheap.
+# Loaded when first used: importing foreshock stays cheap, and what needs no torch imports none.
 _LAZY = {
     "Action": "foreshock.guard",
     "Guard": "foreshock.guard",
@@ -34,12 +35,15 @@ _LAZY = {
     "Verdict": "foreshock.monitor",
     "entropy_rate": "foreshock.signals",
     "f_total": "foreshock.signals",
+    "gates": "",
     "guard": "",
     "integrations": "",
     "load_settings": "foreshock.settings_file",
+    "ops": "",
     "processivity": "foreshock.signals",
     "records": "",
     "signals": "",
+    "sinks": "",
     "surprise": "",
     "theta_consistency": "foreshock.signals",
     "two_second_precursor": "foreshock.signals",

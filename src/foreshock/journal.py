@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from foreshock.guard import (
     AnomalySeen,
     Cause,
     Event,
+    GateAtRisk,
     Offender,
     Reason,
     Recovered,
@@ -31,12 +32,14 @@ from foreshock.guard import (
 )
 from foreshock.records import (
     Ledger,
+    SeriesRecorder,
     TelemetryWriter,
     write_atomically,
     write_autopsy,
     write_summary,
 )
 from foreshock.records.strict_json import dump_json, to_json_object
+from foreshock.sinks import Sink, SinkFeeds
 
 _log = logging.getLogger("foreshock")
 
@@ -52,6 +55,7 @@ _EVENT_NAMES: dict[type, str] = {
     Aborted: "aborted",
     RiskLevelChanged: "risk_level_changed",
     StepExamined: "autopsy",
+    GateAtRisk: "gate_at_risk",
 }
 _RESPONSE_NAMES = {
     (Response.TAKE_SNAPSHOT, True): "snapshot_requested",
@@ -70,28 +74,39 @@ class Journal:
     Args:
         out_dir: the run's directory; made if it is not there.
         config: the resolved configuration, for config.json.
+        sinks: which are given what telemetry.jsonl is given; closed with the journal.
     Raises:
-        TypeError: out_dir is no path.
+        TypeError: out_dir is no path; sinks holds what is no sink.
         OSError: out_dir cannot be written to; says so.
     Cost:
-        One thread, asleep while there is nothing to write. Nothing after construction waits for the
-        disk but `write_summary`, and nothing raises because of it.
+        A thread, one more for each sink, and another one once there is a series, asleep while
+        there is nothing to write. Nothing after construction waits for the disk but `close` and
+        `write_summary`, or for a sink but `close`, and nothing raises because of them.
     """
 
-    def __init__(self, out_dir: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        out_dir: str | os.PathLike[str],
+        config: Mapping[str, Any],
+        sinks: Sequence[Sink] = (),
+    ) -> None:
         if not isinstance(out_dir, str | os.PathLike) or not os.fspath(out_dir):
             raise TypeError(f"out_dir is {out_dir!r}; accepted: the path of a directory")
         self.out_dir = Path(out_dir)
         """The run's directory."""
+        self._sinks = SinkFeeds(sinks)
         try:
             self.out_dir.mkdir(parents=True, exist_ok=True)
             write_atomically(self.out_dir / "config.json", dump_json(to_json_object(config)))
             self._ledger = self._open_ledger()
-            self._telemetry = TelemetryWriter(self.out_dir / "telemetry.jsonl", ledger=self._ledger)
+            path = self.out_dir / "telemetry.jsonl"
+            self._telemetry = TelemetryWriter(path, ledger=self._ledger, tell=self._sinks.put)
         except OSError as error:
             # The class of the error follows from its number.
             why = f"out_dir cannot be written to ({error.strerror}); accepted: a directory that can"
             raise OSError(error.errno, why, str(self.out_dir)) from error
+        self._series = SeriesRecorder(self.out_dir)
+        self._sinks.start()
         self._counts: Counter[type] = Counter()
         self._num_unledgered = 0
         self._abort: dict[str, Any] | None = None
@@ -173,6 +188,10 @@ class Journal:
         self.latest = {"step": step, **measured}
         self._telemetry.write("telemetry", step, **measured)
 
+    def record_series(self, series: str, step: int, /, **values: object) -> None:
+        """Writes down a row of a series; see `foreshock.records.SeriesRecorder`."""
+        self._series.record(series, step, **values)
+
     def flush(self, timeout: float) -> None:
         """Waits until what was recorded is on disk, but no longer than this many seconds."""
         self._telemetry.flush(timeout)
@@ -199,8 +218,10 @@ class Journal:
     # ---- the end
 
     def close(self) -> None:
-        """Ends telemetry.jsonl and ledger.jsonl."""
+        """Ends telemetry.jsonl, ledger.jsonl and the series, and closes the sinks."""
         self._telemetry.close()
+        self._series.close()
+        self._sinks.close()
 
     def write_summary(
         self,
@@ -221,10 +242,11 @@ class Journal:
             "spectral": None if spectral is None else dict(spectral),
             "overhead": self._overhead(),
             "ledger_head": None if self._ledger is None else self._ledger.head,
-            "dropped_records": self._telemetry.dropped_records,
+            "dropped_records": self._telemetry.dropped_records + self._series.dropped_rows,
             "lost_ledger_records": (
                 self._num_unledgered if self._ledger is None else self._ledger.lost_records
             ),
+            "sinks": self._sinks.report(),
         }
         try:
             write_summary(self.out_dir / "summary.json", summary)
@@ -232,15 +254,22 @@ class Journal:
             _log.warning("summary.json could not be written: %s", error)
         return summary
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """How often what has happened so far, as `guard` in summary.json names it."""
+        return {
+            "total_rollbacks": self._counts[RolledBack],
+            "total_recoveries": self._counts[Recovered],
+            "skipped_steps": self._counts[UpdateSkipped],
+            "anomalies_seen": self._counts[AnomalySeen],
+        }
+
     def _guard_summary(self, mode: str) -> dict[str, Any]:
         counts = self._counts
         integrity = "RECOVERED" if counts[RolledBack] or counts[UpdateSkipped] else "OK"
         return {
             "mode": mode,
-            "total_rollbacks": counts[RolledBack],
-            "total_recoveries": counts[Recovered],
-            "skipped_steps": counts[UpdateSkipped],
-            "anomalies_seen": counts[AnomalySeen],
+            **self.counts,
             "dropped_snapshots": counts[SnapshotDropped],
             "saved_snapshots": counts[SnapshotSaved],
             "unsaved_snapshots": counts[SnapshotNotSaved],
@@ -311,6 +340,8 @@ def _sentence(event: Event) -> str:
     if isinstance(event, RiskAnswered):
         done = _RESPONSE_NAMES[event.response, event.is_done].replace("_", " ")
         return f"spectral risk {event.level.name}: {done}"
+    if isinstance(event, GateAtRisk):
+        return _sentence_on_gate(event)
     why = _because(event.reasons, event.offender)
     if isinstance(event, UpdateSkipped):
         return f"update withheld: {why}"
@@ -320,3 +351,12 @@ def _sentence(event: Event) -> str:
     if isinstance(event, Aborted):
         return f"training is told to stop: {why}"
     return f"anomaly, nothing done ({event.would.value} would have been): {why}"
+
+
+def _sentence_on_gate(event: GateAtRisk) -> str:
+    is_alpha = event.what == "alpha"
+    what = "sigmoid(alpha)" if is_alpha else "|R^T R - I|"
+    said = f"gate {event.gate}: {what} is {event.value:.3g}"
+    if event.expected is None:
+        return said
+    return f"{said}, {'planned' if is_alpha else 'accepted'} is {event.expected:.3g}"

@@ -7,14 +7,17 @@ import logging
 import math
 import os
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import NonNegativeInt, PositiveInt
 
+from foreshock.activation_watch import ActivationWatch
 from foreshock.function_monitor import FunctionMonitor
+from foreshock.gate_watch import GateWatch
+from foreshock.gates import AlphaSchedule, GateMonitor, GateSettings, gates_of
 from foreshock.guard import (
     RESERVED_NAMES,
     Aborted,
@@ -34,14 +37,17 @@ from foreshock.guard import (
 from foreshock.guard.clipping import NonfiniteNorm, as_max_norm
 from foreshock.host_read import as_number
 from foreshock.journal import Journal
+from foreshock.logit_watch import AttentionWatch, LogitWatch
 from foreshock.noise_watch import NoiseWatch
 from foreshock.ops import active_backends
+from foreshock.run_metrics import RunMetrics, TrainingSettings
 from foreshock.settings import Settings
 from foreshock.signals import FingerprintSettings, SpectralSettings, SpectralWatch
 from foreshock.spectral_risk import SpectralRisk
-from foreshock.step_watch import StepWatch
+from foreshock.step_watch import StepWatch, shielded
 
 if TYPE_CHECKING:
+    from foreshock.sinks import Sink
     from foreshock.surprise import SurpriseProbe
 
 __all__ = ["Monitor", "MonitorSettings", "Verdict"]
@@ -60,9 +66,14 @@ class MonitorSettings(Settings):
     """Cadence of the monitor; what may be done about a bad step is `Guard`'s."""
 
     accepted_beside: ClassVar[tuple[str, ...]] = (
-        "model", "optimizer", "out_dir", "guard", "state", "surprise", "sync"
+        "model", "optimizer", "out_dir", "guard", "state", "surprise", "gate_schedule", "sinks",
+        "sync",
+        "save_metrics", "save_metrics_steps",
     )  # fmt: skip
 
+    parameters: Literal["all", "trainable"] = "all"
+    """all: every parameter of model and optimizer is scanned, and belongs to snapshots. trainable:
+    only those that require a gradient; what is frozen, as below an adapter, is not even read."""
     first_step: NonNegativeInt = 0
     """Number of the first step, where somebody else has taken the run up in its middle."""
     telemetry_interval: PositiveInt = 10
@@ -99,6 +110,16 @@ class MonitorSettings(Settings):
     """Steps between looks at whether an update goes where its gradient points."""
     surprise_interval: PositiveInt = 50
     """Steps between looks at how surprising a batch is, if there is a probe."""
+    logit_interval: PositiveInt = 50
+    """Steps between looks at the logits, if `step` is given any."""
+    activation_modules: tuple[str, ...] = ()
+    """Shell patterns for the names of the modules whose outputs are looked at."""
+    activation_interval: PositiveInt = 50
+    """Steps between looks at them, of which the second step is the first."""
+    gate_interval: PositiveInt = 10
+    """Steps between looks at the rotation gates, if the model has some."""
+    gates: GateSettings = GateSettings()
+    """When what is seen of them is a risk."""
 
 
 class Monitor:
@@ -133,6 +154,13 @@ class Monitor:
         spectral_interval: steps between looks at them.
         surprise: a probe of this model, fitted to what it knew before; now and then it listens to a
             step, and telemetry says how unlike that the batch was.
+        gate_schedule: that rotation gates of the model are to keep to; it is rolled back with the
+            run. Gates are found, and followed, by themselves.
+        save_metrics: whether loss, learning rate and gradient norm of every step are recorded, in
+            `metrics`, and drawn in the end, in `plots`.
+        save_metrics_steps: steps between writing them.
+        sinks: further places for what telemetry.jsonl is given, such as `fs.sinks.TensorBoard`;
+            they are closed when the run ends.
         sync: whether the verdict is always that of the present step. On a CUDA device it is that of
             the step before where the optimizer is fused, or the guard only observes.
         more: the other fields of `MonitorSettings`; one that is unknown is answered with the
@@ -159,6 +187,10 @@ class Monitor:
         spectral_enabled: bool = True,
         spectral_interval: int = 50,
         surprise: SurpriseProbe | None = None,
+        gate_schedule: AlphaSchedule | None = None,
+        save_metrics: bool = False,
+        save_metrics_steps: int = 10,
+        sinks: Sequence[Sink] = (),
         sync: bool = False,
         **more: Any,
     ) -> None:
@@ -172,23 +204,37 @@ class Monitor:
             spectral_interval=spectral_interval,
             **more,
         )
+        self._training = TrainingSettings(
+            save_metrics=save_metrics, save_metrics_steps=save_metrics_steps
+        )
         self._guard = guard or Guard()
         self._optimizer = optimizer
+        is_schedule = gate_schedule is None or isinstance(gate_schedule, AlphaSchedule)
+        _require(is_schedule, "gate_schedule", gate_schedule, "an AlphaSchedule or None")
         state = dict(_checked_state(state or {}))
+        if gate_schedule is not None:
+            state["gate_schedule"] = gate_schedule
         spectra = self._follow_spectra(model)
         if spectra is not None:
             state["spectral"] = spectra
         self._noise = self._make_noise()
         if self._noise is not None:
             state["noise"] = self._noise
-        self._watches = self._make_watches(model, surprise)
+        self._logits = LogitWatch(self._settings.logit_interval, self._record_series)
+        self._attention = AttentionWatch(self._settings.logit_interval, self._record_series)
+        watches = self._make_watches(model, surprise, gate_schedule)
+        self._watches = {name: shielded(name, watch) for name, watch in watches.items()}
         state.update({n: w for n, w in self._watches.items() if isinstance(w, Stateful)})
         lags = not sync and can_lag(model, optimizer, self._guard, _LAGGING_DEVICE)
         watch = LaggingWatch if lags else Watch
-        self._watch = watch(model, optimizer, state, self._guard, self._record)
+        only_trainable = self._settings.parameters == "trainable"
+        self._watch = watch(
+            model, optimizer, state, self._guard, self._record, only_trainable=only_trainable
+        )
         self._watch.step = self._settings.first_step
         self._risk = None if spectra is None else self._make_risk(spectra)
-        self._journal = Journal(out_dir, self._config(spectra))
+        self._journal = Journal(out_dir, self._config(spectra), sinks)
+        self._metrics = self._make_metrics(model)
         self._summary: dict[str, Any] | None = None
         self._has_failed_inside = False
         self._gate = StepGate(
@@ -223,13 +269,34 @@ class Monitor:
         return noise
 
     def _make_watches(
-        self, model: torch.nn.Module, surprise: SurpriseProbe | None
+        self,
+        model: torch.nn.Module,
+        surprise: SurpriseProbe | None,
+        gate_schedule: AlphaSchedule | None,
     ) -> dict[str, StepWatch]:
         """Those that are asked for, by the name under which their state is kept."""
-        watches: dict[str, StepWatch] = {}
+        watches: dict[str, StepWatch] = {"logits": self._logits, "attention": self._attention}
         if surprise is not None:
             watches["surprise"] = self._listen(surprise, model)
+        given = self._settings
+        if given.activation_modules:
+            watches["activations"] = ActivationWatch(
+                model, given.activation_modules, given.activation_interval, self._record_series
+            )
+        if gates_of(model):
+            gates = GateMonitor(model, gate_schedule, given.gates)
+            watches["gates"] = GateWatch(
+                gates, given.gate_interval, self._record, self._record_series
+            )
         return watches
+
+    def _make_metrics(self, model: torch.nn.Module) -> RunMetrics | None:
+        given = self._training
+        if not given.save_metrics:
+            return None
+        group = self._optimizer.param_groups[0]
+        name = type(model).__name__
+        return RunMetrics(self._journal.out_dir, name, given.save_metrics_steps, group)
 
     def _listen(self, probe: SurpriseProbe, model: torch.nn.Module) -> StepWatch:
         from foreshock.surprise import SurpriseProbe  # not for those who have no probe
@@ -375,21 +442,34 @@ class Monitor:
         self._own(self._watch.note_clipped)
         return result
 
-    def step(self, loss: torch.Tensor | float) -> Verdict:
+    def step(
+        self,
+        loss: torch.Tensor | float,
+        logits: torch.Tensor | None = None,
+        *,
+        attention_logits: torch.Tensor | Mapping[str, torch.Tensor] | None = None,
+    ) -> Verdict:
         """Judges the step that has just been run.
 
         Args:
             loss: its loss, a number or a tensor with one element.
+            logits: what its model has put out, to be looked at every `logit_interval` steps.
+            attention_logits: what its attention has, before the softmax, or the largest of them; by
+                layer, where there are several. Looked at as often.
         Returns:
             Verdict, false when training is to stop; `Verdict.step` says on which step (see `sync`).
         Raises:
-            TypeError: loss is neither.
+            TypeError: an argument is something else.
         """
         begun = self._journal.begin()
         try:
             value = loss if self._lags(loss) else as_number(loss, "loss")
+            self._logits.offer(logits)
+            self._attention.offer(attention_logits)
             return self._safely(lambda: self._judge(value), Verdict(self._watch.step))
         finally:
+            self._logits.offer(None)  # not to keep them alive
+            self._attention.offer(None)
             self._journal.end(begun)
 
     def _lags(self, loss: torch.Tensor | float) -> bool:
@@ -404,6 +484,9 @@ class Monitor:
         self._journal.steps_run += 1
         is_unstable = self._risk is not None and self._risk.look()
         before, step = self._watch.seen, self._watch.step
+        if self._metrics is not None:
+            source, factor = self._watch.history.source, self._watch.learning_rate.factor
+            self._metrics.note_step(step, None if source is None else source.epoch, factor)
         verdict = self._watch.judge(loss, is_unstable=is_unstable)
         for watch in self._watches.values():
             watch.note_step(step)
@@ -412,10 +495,17 @@ class Monitor:
             return verdict
         if self._noise is not None:
             self._noise.note_step(seen.loss, seen.finding.norm)
+        if self._metrics is not None:
+            self._metrics.note_seen(seen)
         is_burst = self._risk is not None and self._risk.calls_for_telemetry
         if is_burst or seen.step % self._settings.telemetry_interval == 0:
             self._record_telemetry(seen)
         return verdict
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What has happened so far: total_rollbacks and the like, as summary.json names them."""
+        return self._journal.counts
 
     @property
     def latest(self) -> dict[str, Any]:
@@ -440,6 +530,9 @@ class Monitor:
             if self._noise is not None:
                 save = functools.partial(self._noise.save, self._journal.out_dir)
                 self._safely(save, None)
+            if self._metrics is not None:
+                self._metrics.note_seen(self._watch.seen)  # a verdict may come a step late
+                self._safely(self._metrics.close, None)
             self._journal.close()
             self._summary = self._write_summary()
         return self._summary
@@ -555,6 +648,9 @@ class Monitor:
             **{k: v for watch in self._watches.values() for k, v in watch.telemetry().items()},
         )
 
+    def _record_series(self, series: str, step: int, /, **values: object) -> None:
+        self._journal.record_series(series, step, **values)
+
     def _write_summary(self) -> dict[str, Any]:
         return self._journal.write_summary(
             self._watch.step,
@@ -567,6 +663,7 @@ class Monitor:
         return {
             "guard": self._guard.model_dump(mode="json"),
             "monitor": self._settings.model_dump(mode="json"),
+            "training": self._training.model_dump(mode="json"),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "backends": active_backends(),
             "buffers_not_finite_from_the_start": self._watch.buffers_left_alone,

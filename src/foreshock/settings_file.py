@@ -8,20 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import PositiveInt, ValidationError
+from pydantic import ValidationError
 
 from foreshock.guard import Guard
 from foreshock.monitor import MonitorSettings
+from foreshock.run_metrics import TrainingSettings
 from foreshock.settings import Settings
-
-
-class TrainingSettings(Settings):
-    """What of the training is recorded; see `foreshock.records.MetricsRecorder`."""
-
-    save_metrics: bool = True
-    """Whether its metrics are."""
-    save_metrics_steps: PositiveInt = 10
-    """Records after which they are saved."""
 
 
 class ForeshockSettings(Settings):
@@ -38,7 +30,8 @@ class RunSettings(Settings):
 
     >>> settings = load_settings("run.yaml")
     >>> given = settings.foreshock
-    >>> fs.Monitor(model, optimizer, "runs/first", given.guard, **dict(given.monitor))
+    >>> arguments = {**dict(given.monitor), **dict(settings.training)}
+    >>> fs.Monitor(model, optimizer, "runs/first", given.guard, **arguments)
     """
 
     training: TrainingSettings = TrainingSettings()

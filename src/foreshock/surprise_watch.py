@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,16 +12,13 @@ from foreshock.host_read import Later
 from foreshock.ops import RollingZScore
 from foreshock.surprise import SurpriseProbe
 
-_log = logging.getLogger("foreshock")
-
 _WINDOW, _MIN_COUNT = 64, 8
 
 
 class SurpriseWatch:
     """Has a probe listen to the forwards of a step now and then.
 
-    From the end of one step to the verdict on the next: an evaluation in between counts too. A
-    fault in here ends the listening, and nothing else.
+    From the end of one step to the verdict on the next: an evaluation in between counts too.
 
     Args:
         probe: of the model that is trained.
@@ -40,15 +36,14 @@ class SurpriseWatch:
         self._seen: Any = None
         self._found: tuple[int, Later] | None = None
         self._told: dict[str, float | int | None] = {}
-        self._is_broken = False
-        self._safely(self._listen_if_due)
+        self._listen_if_due()
 
     def note_step(self, step: int) -> None:
         """A step was judged."""
-        self._safely(self._take_in)
-        self._safely(lambda: self._look(step))
+        self._take_in()
+        self._look(step)
         self._judged += 1
-        self._safely(self._listen_if_due)
+        self._listen_if_due()
 
     def _listen_if_due(self) -> None:
         if self._judged % self._interval == 0 and self._seen is None:
@@ -90,7 +85,7 @@ class SurpriseWatch:
 
     def state_dict(self) -> dict[str, Any]:
         """What later scores depend on; what was seen last is taken in first."""
-        self._safely(self._take_in)
+        self._take_in()
         return {"zscore": self._zscore.state_dict(), "judged": self._judged}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -99,14 +94,4 @@ class SurpriseWatch:
         self._judged = state_dict["judged"]
         self._found = None
         self.close()
-        self._safely(self._listen_if_due)
-
-    def _safely(self, work: Callable[[], object]) -> None:
-        if self._is_broken:
-            return
-        try:
-            work()
-        except Exception:
-            _log.exception("foreshock no longer follows how surprising the batches are")
-            self._is_broken = True
-            self.close()
+        self._listen_if_due()

@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from foreshock import cli
+from foreshock.drill import campaign
 from foreshock.drill import results as results_file
 from foreshock.drill.campaign import (
     RULES_BY_NAME,
@@ -237,7 +238,7 @@ def test_the_drill_command_fails_if_a_promise_is_broken(
 ) -> None:
     missed = dataclasses.replace(some_results().cases[-1], alarm=None)
     broken = dataclasses.replace(some_results(), cases=[missed])
-    monkeypatch.setattr(cli, "run_drill", lambda options, show: broken)
+    monkeypatch.setattr(campaign, "run_drill", lambda options, show: broken)
     done = CliRunner().invoke(cli.app, ["drill", "--quick", "--out-dir", str(tmp_path)])
     assert done.exit_code == 1
     assert "did not hold" in done.output

@@ -108,7 +108,7 @@ def test_what_cannot_be_judged_ends_the_listening_and_nothing_else(
     monkeypatch.setattr(SurpriseProbe, "judge", fail)
     with caplog.at_level(logging.ERROR, "foreshock"):
         train(model, tmp_path, steps=4, surprise=probe, surprise_interval=1)
-    assert len([r for r in caplog.records if "surprising" in r.message]) == 1
+    assert len([r for r in caplog.records if "no longer follows surprise" in r.message]) == 1
     assert len(told(tmp_path)) == 4
 
 

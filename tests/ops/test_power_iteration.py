@@ -129,10 +129,11 @@ def test_no_view_that_could_be_read_in_place_is_gathered() -> None:
         x[0, 0][:, :2],
         torch.empty_strided((3, 1), (1, 1)),
     ):
-        table, owned = cpu._table([weight])
+        table, owned = cpu._table([weight], [layout_of(weight)])
         assert owned == [], weight.stride()
         assert table[0, 4] == 0
-    assert len(cpu._table([x[..., ::2]])[1]) == 1
+    view = x[..., ::2]
+    assert len(cpu._table([view], [layout_of(view)])[1]) == 1
 
 
 @st.composite

@@ -19,7 +19,10 @@ def imported_modules(file):
 
 # Imported when a key or a picture is asked for, and not before.
 OPTIONAL = {
+    "curves_canvas.py": "matplotlib",
     "curves_figure.py": "matplotlib",
+    "curves_panel.py": "matplotlib",
+    "series_picture.py": "matplotlib",
     "ledger_signature.py": "cryptography",
     "ledger_seals.py": "cryptography",
 }

@@ -181,6 +181,19 @@ class RiskAnswered:
     lr_factor: float | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class GateAtRisk:
+    """A rotation gate is less orthogonal than it may be, or off its schedule."""
+
+    step: int
+    gate: str
+    what: Literal["orthogonality", "alpha"]
+    value: float
+    """|R^T R - I|_F of its worst block, or sigmoid(alpha)."""
+    expected: float | None
+    """Largest that may be, or what is planned; None: any number."""
+
+
 class Cause(enum.Enum):
     """What is known of a step that had failed, after it was to be run again."""
 
@@ -359,5 +372,6 @@ Event = (
     | Aborted
     | RiskLevelChanged
     | RiskAnswered
+    | GateAtRisk
     | StepExamined
 )

@@ -206,7 +206,7 @@ class _Suspect(NamedTuple):
     hides_compiled: bool
 
 
-class _Hook:
+class UncopiedHook:
     """A hook whose copies, in a model that is copied or saved in that step, do nothing."""
 
     def __init__(self, look: Callable[..., None]) -> None:
@@ -273,13 +273,13 @@ class Examination:
 
     def _install(self, model: nn.Module, parameters: Mapping[str, torch.Tensor]) -> None:
         for name, module in self._with_hooks(model, "", set()):
-            enter = _Hook(functools.partial(self._enter, name))
-            leave = _Hook(functools.partial(self._leave, name))
+            enter = UncopiedHook(functools.partial(self._enter, name))
+            leave = UncopiedHook(functools.partial(self._leave, name))
             self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             self._handles.append(module.register_forward_hook(leave))
         for name, p in parameters.items():
             if p.requires_grad:
-                see = _Hook(functools.partial(self._see_gradient, name))
+                see = UncopiedHook(functools.partial(self._see_gradient, name))
                 self._handles.append(p.register_hook(see))
 
     def _with_hooks(
@@ -322,7 +322,7 @@ class Examination:
         if self._is_blind:
             return
         try:
-            if not _is_capturing():
+            if not is_capturing():
                 work()
         except Exception:
             self._is_blind = True
@@ -447,6 +447,6 @@ def _is_absorbed(suspect: _Suspect, by: _Call) -> bool:
     return is_inside or (not has_nan and not by.had_finite_inputs)
 
 
-def _is_capturing() -> bool:
+def is_capturing() -> bool:
     """Into a CUDA graph, where nothing can be read."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -31,7 +31,7 @@ _CLOSE_TIMEOUT_S = 60.0
 _GRADIENTS = "gradients"
 _RUN = "run"
 """What only another process takes over; a rollback that restored it would never be counted."""
-_SIGNALS = ("spikes", "spectral", "noise", "surprise")
+_SIGNALS = ("spikes", "spectral", "noise", "surprise", "logits", "gates", "gate_schedule")
 RESERVED_NAMES = (
     "parameters",
     "buffers",
@@ -56,6 +56,7 @@ class History:
         guard: how many snapshots, how often; none are taken but in recover mode.
         told: of each snapshot that is found unfit, is saved to disk, or cannot be.
         run: what belongs to the run, but not to its state: counts of rollbacks, and the like.
+        only_trainable: whether parameters that require no gradient are left out of snapshots.
     """
 
     def __init__(
@@ -66,11 +67,15 @@ class History:
         guard: Guard,
         told: Callable[[Event], None],
         run: Mapping[str, Stateful] | None = None,
+        *,
+        only_trainable: bool = False,
     ) -> None:
         parameters = named_parameters(model, optimizer)
         self._gradients = GradientState(parameters)
         parts: dict[str, Part] = {
-            "parameters": NamedTensors(lambda: named_parameters(model, optimizer)),
+            "parameters": NamedTensors(
+                lambda: named_parameters(model, optimizer, only_trainable=only_trainable)
+            ),
             "buffers": NamedTensors(lambda: dict(model.named_buffers())),
             _GRADIENTS: self._gradients,
             "optimizer": OptimizerState(optimizer),

@@ -28,7 +28,9 @@ def make_source(loader: Iterable[Any], epochs: int, *, keeps_batches: bool) -> B
         keeps_batches: whether to keep batches of a loader that cannot be sent back; without, such a
             source cannot be restored.
     """
-    if isinstance(loader, Stateful):
+    # The loaders of accelerate have the methods with nothing behind them, or with an iterator that
+    # draws its random numbers when the first batch is asked for, too late to be undone.
+    if isinstance(loader, Stateful) and not hasattr(loader, "base_dataloader"):
         return ResumableSource(loader, epochs)
     return BufferedSource(loader, epochs, keeps_batches=keeps_batches)
 
@@ -44,6 +46,11 @@ class BatchSource:
         self._left_out: set[int] = set()
         self.index = 0
         """Number of the batch that comes next."""
+
+    @property
+    def epoch(self) -> int:
+        """Of the last batch that was fetched."""
+        return self._epoch
 
     def fetch(self) -> Any:
         """The next batch that is not left out.

@@ -55,16 +55,21 @@ def make_part(owner: Stateful) -> Part:
 
 
 def named_parameters(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, only_trainable: bool = False
 ) -> dict[str, torch.Tensor]:
-    """The model's parameters by name, then those that only the optimizer knows, by their place."""
+    """The model's parameters by name, then those that only the optimizer knows, by their place.
+
+    Args:
+        model, optimizer: whose.
+        only_trainable: whether those are left out that require no gradient now.
+    """
     named: dict[str, torch.Tensor] = dict(model.named_parameters())
     known = {id(p) for p in named.values()}
     for g, group in enumerate(optimizer.param_groups):
         for i, p in enumerate(group["params"]):
             if id(p) not in known:
                 named[f"param_groups.{g}.{i}"] = p
-    return named
+    return {name: p for name, p in named.items() if p.requires_grad or not only_trainable}
 
 
 class NamedTensors:

@@ -91,6 +91,7 @@ class Watch:
         model, optimizer, state: what belongs to the state of the run.
         guard: what may be done.
         record: told of each event.
+        only_trainable: whether parameters that require no gradient are neither scanned nor copied.
     """
 
     def __init__(
@@ -100,19 +101,22 @@ class Watch:
         state: Mapping[str, Stateful],
         guard: Guard,
         record: Callable[[Event], None],
+        *,
+        only_trainable: bool = False,
     ) -> None:
         parameters = named_parameters(model, optimizer)
+        guarded = named_parameters(model, optimizer, only_trainable=only_trainable)
         self.parameters = list(parameters.values())
         self._optimizer = optimizer
         optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self._not_optimized = [p for p in self.parameters if id(p) not in optimized]
         self._gradients = inspect_gradients(parameters)
-        self._weights, self.buffers_left_alone = inspect_weights(model, parameters)
+        self._weights, self.buffers_left_alone = inspect_weights(model, guarded)
         self._scalers = [s for s in state.values() if isinstance(s, torch.amp.GradScaler)]
         self._guard = guard
         self._record = record
         self._policy = Policy(guard)
-        self._seal = StateSeal(parameters, optimizer) if guard.verify_state else None
+        self._seal = StateSeal(guarded, optimizer) if guard.verify_state else None
         self.learning_rate = LearningRateBackoff(guard.lr_backoff, guard.lr_recovery_steps)
         self._spikes = SpikeDetector(guard)
         state = {**state, "spikes": self._make_spikes()}
@@ -121,7 +125,9 @@ class Watch:
             "learning_rate": self.learning_rate,
             "course": self,
         }
-        self.history = History(model, optimizer, state, guard, record, run)
+        self.history = History(
+            model, optimizer, state, guard, record, run, only_trainable=only_trainable
+        )
         inspectors = (self._weights, self._gradients)
         self.autopsies = Autopsies(model, parameters, *inspectors, record)
         self.step = 0

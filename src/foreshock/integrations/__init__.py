@@ -6,10 +6,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from foreshock.integrations import accelerate as accelerate
     from foreshock.integrations import huggingface as huggingface
     from foreshock.integrations import lightning as lightning
 
-_NEEDS = {"huggingface": "transformers", "lightning": "lightning"}
+_NEEDS = {"accelerate": "accelerate", "huggingface": "transformers", "lightning": "lightning"}
 
 
 def __getattr__(name: str) -> Any:

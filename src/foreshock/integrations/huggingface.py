@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from transformers import (
@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from foreshock.guard import Guard, Verdict
+from foreshock.integrations.accelerate import let_scaler_step_through_the_gate, watch
 from foreshock.monitor import Monitor
 
 _log = logging.getLogger("foreshock")
@@ -31,12 +32,14 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]
     >>> trainer = Trainer(model, args, callbacks=[MonitorCallback(out_dir="runs/x")], ...)
     >>> trainer.train()
 
-    A step of the monitor is one update of the Trainer: the loss is that of its training step,
-    summed over the gradients that are accumulated. Gradients are looked at before they are clipped:
-    by the Trainer where the guard only observes, which changes no bit of what is learned; else by
-    the monitor, whose norm is that of the same pass. An update that is not to be made never reaches
-    the optimizer. A rollback restores model, optimizer, scheduler, GradScaler and random numbers;
-    the Trainer goes on with its next batch. It is told to stop when the guard gives up.
+    A step of the monitor is one update of the Trainer, with the number that `state.global_step` has
+    when it begins: from 0, or from that of the checkpoint that is resumed from. The loss is that of
+    its training step, summed over the gradients that are accumulated. Gradients are looked at
+    before they are clipped: by the Trainer where the guard only observes, which changes no bit of
+    what is learned; else by the monitor, whose norm is that of the same pass. An update that is not
+    to be made never reaches the optimizer, and counts as a step. A rollback restores model,
+    optimizer, scheduler, GradScaler and random numbers; the Trainer goes on with its next batch and
+    counts on, and so does the monitor. The Trainer is told to stop when the guard gives up.
 
     `logging_nan_inf_filter`, which hides a loss that is NaN behind the mean of those before and
     waits for the device in every step, is switched off.
@@ -52,10 +55,13 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]
         spectral_enabled: whether the spectra of the weights are followed.
         spectral_interval: steps between looks at them.
         telemetry_interval: steps between telemetry records.
+        parameters: trainable: only parameters that require a gradient are scanned and copied, which
+            of a model with adapters are few. all: frozen ones too.
         guard: the other fields of `foreshock.Guard`, by name.
         more: the other settings of `foreshock.Monitor`.
     Raises:
-        TypeError, ValueError: naming the argument, what was given and what is accepted.
+        TypeError, ValueError: naming the argument, what was given and what is accepted; when
+            training begins also a guard that is enabled under an engine that shards.
         OSError: out_dir cannot be written to; when training begins.
     Cost:
         That of `foreshock.Monitor`.
@@ -73,6 +79,7 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]
         spectral_enabled: bool = True,
         spectral_interval: int = 50,
         telemetry_interval: int = 10,
+        parameters: Literal["trainable", "all"] = "trainable",
         guard: dict[str, Any] | None = None,
         **more: Any,
     ) -> None:
@@ -89,6 +96,7 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]
             "spectral_enabled": spectral_enabled,
             "spectral_interval": spectral_interval,
             "telemetry_interval": telemetry_interval,
+            "parameters": parameters,
             **more,
         }
         self._attached: _Attached | None = None
@@ -116,18 +124,20 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]
             )
             args.logging_nan_inf_filter = False
         trainer = _trainer_of_this_call()
-        only_observes = self._guard.mode == "observe"
-        self._attached = _Attached(
-            trainer, self._make_monitor(trainer), only_observes=only_observes
-        )
+        is_observer = self._guard.mode == "observe"
+        self._attached = _Attached(trainer, self._make_monitor(trainer), is_observer=is_observer)
 
     def _make_monitor(self, trainer: Trainer) -> Monitor:
-        state = {"scheduler": trainer.lr_scheduler}
-        if isinstance(trainer.accelerator.scaler, torch.amp.GradScaler):
-            state["scaler"] = trainer.accelerator.scaler
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        optimizer = _innermost(trainer.optimizer)
-        return Monitor(model, optimizer, self._out_dir, self._guard, state=state, **self._settings)
+        return watch(
+            trainer.accelerator,
+            trainer.model,
+            trainer.optimizer,
+            self._out_dir,
+            self._guard,
+            state={"scheduler": trainer.lr_scheduler},
+            first_step=trainer.state.global_step,
+            **self._settings,
+        )
 
     def on_pre_optimizer_step(
         self,
@@ -167,47 +177,67 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]
             self.summary = attached.close()
 
 
+class _Wrapped(NamedTuple):
+    owner: Any
+    name: str
+    before: Any
+    """What the owner had under this name for itself; None: nothing, but its class had."""
+    ours: Any
+
+
 class _Attached:
     """A monitor on a Trainer, until `close`.
 
-    Callbacks come after the Trainer has clipped and are told of no loss, so three of the Trainer's
-    own calls go through here: a training step, the accelerator's clip, and what is logged.
+    Callbacks come after the Trainer has clipped and are told of no loss, so some of the Trainer's
+    own calls go through here: a training step, the accelerator's clip and what it does of a
+    GradScaler's factor, and what is logged.
     """
 
-    def __init__(self, trainer: Trainer, monitor: Monitor, *, only_observes: bool) -> None:
+    def __init__(self, trainer: Trainer, monitor: Monitor, *, is_observer: bool) -> None:
         self.monitor = monitor
-        self._only_observes = only_observes
+        self._is_observer = is_observer
         self.verdict: Verdict | bool = True
         self._trainer = trainer
         self._loss: torch.Tensor | None = None
-        self._wrapped: list[tuple[Any, str, bool, Any]] = []
+        self._is_unscaled = False
+        self._wrapped: list[_Wrapped] = []
+        self._is_closed = False
         self._wrap(trainer, "training_step", self._training_step)
         self._wrap(trainer, "log", self._log)
         self._wrap(trainer.accelerator, "clip_grad_norm_", self._clip_grad_norm_)
-        _let_scaler_step_through_the_gate(trainer.optimizer)
+        self._wrap(trainer.accelerator, "unscale_gradients", self._unscale_gradients)
 
     def _wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
         inner = getattr(owner, name)
-        self._wrapped.append((owner, name, name in vars(owner), inner))
-        setattr(owner, name, functools.wraps(inner)(functools.partial(around, inner)))
+
+        @functools.wraps(inner)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return inner(*args, **kwargs) if self._is_closed else around(inner, *args, **kwargs)
+
+        self._wrapped.append(_Wrapped(owner, name, vars(owner).get(name), call))
+        setattr(owner, name, call)
 
     def close(self) -> dict[str, Any]:
-        """Puts back what was wrapped."""
-        for owner, name, was_own, inner in reversed(self._wrapped):
-            if was_own:
-                setattr(owner, name, inner)
-            else:
+        """Puts back what was wrapped; where somebody has wrapped ours since, ours lets all pass."""
+        self._is_closed = True
+        for owner, name, before, ours in self._wrapped:
+            if vars(owner).get(name) is not ours:
+                continue
+            if before is None:
                 delattr(owner, name)
-        self._wrapped = []
+            else:
+                setattr(owner, name, before)
         summary = self.monitor.finalize()
-        _let_scaler_step_through_the_gate(self._trainer.optimizer)
+        let_scaler_step_through_the_gate(self._trainer.optimizer)
         return summary
 
     def judge(self) -> None:
         """Of the update that is about to be made."""
         loss, self._loss = self._loss, None
         if loss is not None:
+            self._trainer.accelerator.unscale_gradients()  # where nothing is clipped
             self.verdict = self.monitor.step(loss)
+        self._is_unscaled = False
 
     def _training_step(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         loss = inner(*args, **kwargs)
@@ -217,12 +247,16 @@ class _Attached:
     def _clip_grad_norm_(
         self, inner: Callable[..., Any], parameters: Any, max_norm: float, norm_type: float = 2
     ) -> Any:
-        accelerator = self._trainer.accelerator
-        is_plain = accelerator.distributed_type in ("NO", "MULTI_GPU", "MULTI_CPU")
-        if self._only_observes or not is_plain:
+        self._trainer.accelerator.unscale_gradients()
+        if self._is_observer:
             return self.monitor.clipped_by(lambda: inner(parameters, max_norm, norm_type))
-        accelerator.unscale_gradients()
         return self.monitor.clip_grad_norm_(max_norm, float(norm_type))
+
+    def _unscale_gradients(self, inner: Callable[..., Any], *args: Any) -> None:
+        """Once an update: a GradScaler refuses a second time."""
+        if not self._is_unscaled:
+            inner(*args)
+        self._is_unscaled = True
 
     def _log(
         self, inner: Callable[..., Any], logs: dict[str, Any], *args: Any, **kwargs: Any
@@ -231,8 +265,8 @@ class _Attached:
 
     def _told(self) -> dict[str, float]:
         """For the Trainer's trackers, which take numbers."""
-        latest = self.monitor.latest
-        numbers = {k: v for k, v in latest.items() if isinstance(v, int | float)}
+        told = {**self.monitor.latest, **self.monitor.counts}
+        numbers = {k: v for k, v in told.items() if isinstance(v, int | float)}
         return {f"foreshock/{name}": float(value) for name, value in numbers.items()}
 
 
@@ -245,21 +279,3 @@ def _trainer_of_this_call() -> Trainer:
             return owner
         frame = frame.f_back  # type: ignore[assignment]
     raise RuntimeError("MonitorCallback was called by no Trainer; accepted: Trainer(callbacks=[…])")
-
-
-def _innermost(optimizer: Any) -> torch.optim.Optimizer:
-    """What accelerate has wrapped."""
-    while not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
-def _let_scaler_step_through_the_gate(optimizer: Any) -> None:
-    """With a GradScaler, accelerate calls the step that the optimizer had when it was prepared."""
-    if getattr(optimizer, "scaler", None) is None:
-        return
-    from accelerate.optimizer import patch_optimizer_step
-
-    step = _innermost(optimizer).step
-    optimizer._optimizer_original_step_method = step
-    optimizer._optimizer_patched_step_method = patch_optimizer_step(optimizer, step)

@@ -65,7 +65,11 @@ class Envelope:
                 bucket[1] = value
             bucket[2] += value
             bucket[3] += 1
-        while len(self._buckets) > MAX_BUCKETS:
+        self.shrink(MAX_BUCKETS)
+
+    def shrink(self, max_buckets: int) -> None:
+        """Widens the intervals until there are no more than so many."""
+        while len(self._buckets) > max_buckets:
             self._coarsen()
 
     def copy(self) -> "Envelope":

@@ -3,7 +3,6 @@
 import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
 from functools import lru_cache
 from typing import NamedTuple, cast
 
@@ -15,7 +14,7 @@ from foreshock.records.strict_json import (
     to_json_object,
     to_json_value,
 )
-from foreshock.records.timestamp import format_utc
+from foreshock.records.timestamp import format_utc, parse_utc
 
 REQUIRED = ("step", "epoch", "loss", "learning_rate")
 STAMPS = ("timestamp", "elapsed_time_seconds")
@@ -131,7 +130,7 @@ def row_of_record(record: Mapping[str, object]) -> Row:
     given = (*(record[name] for name in REQUIRED), *optional.values())
     values = cast("tuple[JsonValue, ...]", tuple(map(_number_again, given)))
     checked_step(values[0])
-    time_ns = _nanoseconds(record["timestamp"])
+    time_ns = parse_utc(record["timestamp"])
     elapsed_s = checked_number("elapsed_time_seconds", record["elapsed_time_seconds"])
     return Row(tuple(optional), values, are_numbers(values), time_ns, float(elapsed_s))
 
@@ -197,14 +196,6 @@ def _settled(value: object, encoded: JsonValue) -> JsonValue:
 
 def _number_again(value: object) -> object:
     return decode_nonfinite_texts(value) if isinstance(value, str) else value
-
-
-def _nanoseconds(timestamp: object) -> int:
-    if not isinstance(timestamp, str) or not timestamp.endswith("Z"):
-        raise ValueError(f"timestamp must end in Z, it is {timestamp!r}")
-    moment = datetime.fromisoformat(timestamp[:-1] + "+00:00")
-    seconds = int(moment.replace(microsecond=0).timestamp())
-    return seconds * 1_000_000_000 + moment.microsecond * 1000
 
 
 def _timestamp(time_ns: int) -> str:

@@ -9,8 +9,9 @@ Encoding never raises, because watching must never break what is watched:
 - sets: sorted lists; paths: text; dates: ISO 8601; other real numbers: floats
 - integers of more than 2048 bits, cycles, nesting below 64 levels and all else: a text in angle
   brackets that says what stood there, such as "<torch.Tensor>", never its contents
-- a key that is not text: the JSON text of its encoded value (3 -> "3", None -> "null",
-  (1, 2) -> "[1, 2]"); of two keys that become one the later wins
+- a key that is not text: the text that bytes spell, else the JSON text of its encoded value
+  (3 -> "3", None -> "null", (1, 2) -> "[1, 2]"); of two keys that become one the later wins
+- named tuples: lists, in which the name of a secret hides its value as a key does
 - lone surrogates, which strict parsers refuse: their escaped spelling, "\\udc80"
 """
 
@@ -199,7 +200,13 @@ class _Encoder:
         if isinstance(value, Mapping):
             return self._mapping(list(value.items()))
         if isinstance(value, list | tuple):
-            return [self.encode(item) for item in list(value)]
+            names = getattr(value, "_fields", None)
+            if names is None:
+                return [self.encode(item) for item in list(value)]
+            return [
+                self._encode_under(secrecy_of_key(name), item)
+                for name, item in zip(names, value, strict=True)
+            ]
         return self._encode_rarity(value)
 
     def _encode_rarity(self, value: object) -> JsonValue:
@@ -272,6 +279,8 @@ class _Encoder:
 def _key_text(key: object) -> str:
     if type(key) is str:
         return key
+    if isinstance(key, bytes):
+        return key.decode(errors="backslashreplace")
     encoded = to_json_value(key, redact=False)
     return encoded if isinstance(encoded, str) else dump_json(encoded)
 

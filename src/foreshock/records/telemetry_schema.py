@@ -9,3 +9,6 @@ SCHEMA_VERSION = 1
 
 START_EVENT = "start"
 TELEMETRY_EVENT = "telemetry"
+
+TEXT_FIELDS = frozenset({"event", "time"})
+"""In which "NaN" is a text; anywhere else it is the float."""

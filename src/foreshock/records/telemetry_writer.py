@@ -7,10 +7,9 @@ import operator
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from foreshock.records.event_name import check_event_name
 from foreshock.records.ledger import Ledger, LedgerEntry
@@ -19,11 +18,17 @@ from foreshock.records.posix_file import checked_path
 from foreshock.records.record_queue import RecordQueue
 from foreshock.records.strict_json import (
     JsonValue,
+    decode_nonfinite_texts,
     dump_json,
     holds_only_scalars,
     to_json_object,
 )
-from foreshock.records.telemetry_schema import SCHEMA_VERSION, START_EVENT, TELEMETRY_EVENT
+from foreshock.records.telemetry_schema import (
+    SCHEMA_VERSION,
+    START_EVENT,
+    TELEMETRY_EVENT,
+    TEXT_FIELDS,
+)
 from foreshock.records.timestamp import format_utc
 
 _logger = logging.getLogger("foreshock")
@@ -73,6 +78,8 @@ class TelemetryWriter:
             keys that name secrets are redacted whatever this says.
         run_info: fields of the start record, such as versions and ranks.
         ledger: what `write_to_ledger` appends to; the writer closes it when it is closed itself.
+        tell: called on the thread with each record but the start record, as `read_telemetry` will
+            give it, whether or not the disk takes it. It must neither wait nor raise.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -91,10 +98,12 @@ class TelemetryWriter:
         redact: bool = True,
         run_info: Mapping[str, object] | None = None,
         ledger: Ledger | None = None,
+        tell: Callable[[dict[str, Any]], object] | None = None,
     ) -> None:
         self._path = checked_path(path)
         self._redact = redact
         self._ledger = ledger
+        self._tell = tell
         self._queue: RecordQueue[_Item] = RecordQueue(_checked_capacity(capacity))
         start = _start_record(run_info, redact)
         self._file = LineFile(self._path)
@@ -212,12 +221,7 @@ class TelemetryWriter:
     def __enter__(self) -> "TelemetryWriter":
         return self
 
-    def __exit__(
-        self,
-        exception_type: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def _start_thread(self) -> None:
@@ -254,7 +258,10 @@ class TelemetryWriter:
 
     def _append(self, record: _Record) -> None:
         try:
-            self._file.append(_line_of(record, self._redact))
+            spelt_out = _spelt_out(record, self._redact)
+            if self._tell is not None and record.head["event"] != START_EVENT:
+                self._tell(_as_read(spelt_out))
+            self._file.append(dump_json(spelt_out).encode())
         except Exception as error:  # one record that fails must not end the thread
             self._lose(1, str(error))
 
@@ -341,11 +348,15 @@ def _stamp(head: dict[str, JsonValue], fields: dict[str, object], redact: bool) 
     return _Record(time_ns, head, to_json_object(fields, redact=redact), is_encoded=True)
 
 
-def _line_of(record: _Record, redact: bool) -> bytes:
+def _spelt_out(record: _Record, redact: bool) -> dict[str, Any]:
     fields = record.fields
     if not record.is_encoded:
         fields = to_json_object(fields, redact=redact)
-    return dump_json({**record.head, "time": format_utc(record.time_ns), **fields}).encode()
+    return {**record.head, "time": format_utc(record.time_ns), **fields}
+
+
+def _as_read(record: dict[str, Any]) -> dict[str, Any]:
+    return {k: v if k in TEXT_FIELDS else decode_nonfinite_texts(v) for k, v in record.items()}
 
 
 def _start_record(run_info: Mapping[str, object] | None, redact: bool) -> _Record:

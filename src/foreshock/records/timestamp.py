@@ -16,3 +16,22 @@ def format_utc(time_ns: int) -> str:
     seconds, rest_ns = divmod(time_ns, 1_000_000_000)
     moment = datetime.fromtimestamp(seconds, timezone.utc)
     return f"{moment:%Y-%m-%dT%H:%M:%S}.{rest_ns // 1_000_000:03d}Z"
+
+
+def parse_utc(text: object) -> int:
+    """Reads what `format_utc` wrote.
+
+    Args:
+        text: in that spelling.
+
+    Returns:
+        Nanoseconds since the epoch.
+
+    Raises:
+        ValueError: it is another text, or none.
+    """
+    if not isinstance(text, str) or not text.endswith("Z"):
+        raise ValueError(f"a time must end in Z, it is {text!r}")
+    moment = datetime.fromisoformat(text[:-1] + "+00:00")
+    seconds = int(moment.replace(microsecond=0).timestamp())
+    return seconds * 1_000_000_000 + moment.microsecond * 1000

@@ -2,6 +2,13 @@
 
 from foreshock.signals.alignment import UpdateAlignment, update_alignment
 from foreshock.signals.configuration import FingerprintSettings, RiskThresholds, SpectralSettings
+from foreshock.signals.logits import (
+    LogitDrift,
+    LogitStatistics,
+    logit_drift,
+    logit_histogram,
+    logit_statistics,
+)
 from foreshock.signals.noise_fingerprint import NoiseFingerprint, NoiseReading
 from foreshock.signals.noise_statistics import (
     NoiseSnapshot,
@@ -35,6 +42,8 @@ from foreshock.signals.spectral_watch import SpectralObservation, SpectralWatch
 __all__ = [
     "EntropyRateStream",
     "FingerprintSettings",
+    "LogitDrift",
+    "LogitStatistics",
     "MatrixReading",
     "NoiseFingerprint",
     "NoiseReading",
@@ -56,6 +65,9 @@ __all__ = [
     "UpdateAlignment",
     "entropy_rate",
     "f_total",
+    "logit_drift",
+    "logit_histogram",
+    "logit_statistics",
     "muon_ratio",
     "processivity",
     "risk_level",

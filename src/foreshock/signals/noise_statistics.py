@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from foreshock.signals.divergence import jensen_shannon
 from foreshock.signals.given_numbers import as_count, as_finite, as_number, as_positive, as_series
 from foreshock.signals.trend import Floats
 
@@ -81,9 +82,7 @@ def theta_consistency(noise_seq: Series, ref_seq: Series, beta: float = 3.0) -> 
     p, q = _spectrum(noise, nfft), _spectrum(reference, nfft)
     if p is None or q is None:
         return 1.0 if p is q else math.exp(-beta * math.log(2))
-    # Rounding may lead over either end.
-    jsd = min(max(0.5 * (_divergence(p, q) + _divergence(q, p)), 0.0), math.log(2))
-    return math.exp(-beta * jsd)
+    return math.exp(-beta * jensen_shannon(p, q))
 
 
 def entropy_rate(values: Series, window: int = 32, *, shared_range: bool = True) -> float:
@@ -304,14 +303,6 @@ def _spectrum(series: Floats, nfft: int) -> Floats | None:
     power: Floats = np.square(np.abs(np.fft.rfft(_scaled(off - off.mean()), nfft)))
     total = float(power.sum())
     return power / total if total > 0 else None
-
-
-def _divergence(p: Floats, q: Floats) -> float:
-    """KL(p | (p + q) / 2)."""
-    is_there = p > 0
-    p, q = p[is_there], q[is_there]
-    # Not p / m: a half of the smallest number there is would be 0.
-    return float((p * np.log(2.0 * (p / (p + q)))).sum())
 
 
 def _entropy(values: Floats, span: Floats, bins: int) -> float:

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from foreshock.host_read import Later
 from foreshock.ops import PowerIterator
+from foreshock.ops.power_iteration import why_not_summed
 from foreshock.signals.configuration import SpectralSettings
 from foreshock.signals.optimizer_state import (
     second_moment_rms,
@@ -22,6 +23,9 @@ from foreshock.signals.optimizer_state import (
 )
 from foreshock.signals.risk import RiskLevel
 from foreshock.signals.spectral_tracker import SpectralReading, SpectralTracker
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _READ_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _MOST_PASSES = 14
@@ -73,10 +77,14 @@ class SpectralWatch:
         include: shell patterns for the names of the matrices that are watched.
         exclude: shell patterns for those that are not, though `include` names them.
         settings: of the tracker.
+        group: of the ranks on which the parameters are split, all of which look at the same steps;
+            what is seen is of the whole matrices, and the same on every rank. None: of what this
+            process holds.
     Raises:
         ValueError: a pattern that fits no name, with the nearest one.
     Cost:
-        At construction O(m + n) memory a matrix; see `observe` and `is_due`.
+        At construction O(m + n) memory a matrix; see `observe` and `is_due`. With a group one
+        all_reduce a pass.
     """
 
     def __init__(
@@ -87,6 +95,7 @@ class SpectralWatch:
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
         settings: SpectralSettings | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
         _check_patterns("include", [p for p in include if p != "*"], parameters)
         _check_patterns("exclude", exclude, parameters)
@@ -94,7 +103,7 @@ class SpectralWatch:
         """Parameters of two or more dimensions that are not watched, and why not."""
         self._matrices: dict[str, Tensor] = {}
         for name, parameter in parameters.items():
-            why_not = _why_not_read(parameter)
+            why_not = _why_not_read(parameter, group)
             if why_not is None and not _fits(name, include, exclude):
                 why_not = "left out by spectral_include and spectral_exclude"
             if why_not is None:
@@ -104,6 +113,7 @@ class SpectralWatch:
         self._parameters = list(parameters.values())
         self._optimizer = optimizer
         self._interval = interval
+        self._group = group
         self._tracker = SpectralTracker(list(self._matrices), settings)
         self._last_step: int | None = None
         self._begun: _Begun | None = None
@@ -116,7 +126,8 @@ class SpectralWatch:
         for i, matrix in enumerate(matrices):
             places.setdefault(matrix.device, []).append(i)
         self._iterators = [
-            (where, PowerIterator([matrices[i] for i in where])) for where in places.values()
+            (where, PowerIterator([matrices[i] for i in where], group=self._group))
+            for where in places.values()
         ]
 
     @property
@@ -229,7 +240,7 @@ class SpectralWatch:
             self._bind()
 
 
-def _why_not_read(parameter: Tensor) -> str | None:
+def _why_not_read(parameter: Tensor, group: ProcessGroup | None) -> str | None:
     """None for a matrix that is read; empty for what is no matrix."""
     if torch.nn.parameter.is_lazy(parameter):
         return "not initialised yet"
@@ -239,7 +250,7 @@ def _why_not_read(parameter: Tensor) -> str | None:
         return "not trained"
     if parameter.dtype not in _READ_DTYPES or parameter.layout is not torch.strided:
         return f"{str(parameter.dtype).removeprefix('torch.')}, {parameter.layout} is not read"
-    return None
+    return None if group is None else why_not_summed(parameter, group)
 
 
 def _fits(name: str, include: Iterable[str], exclude: Iterable[str]) -> bool:

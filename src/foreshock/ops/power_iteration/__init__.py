@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from torch import Tensor
 from foreshock.ops._backend import choose
 from foreshock.ops._table import make_table
 from foreshock.ops._tensors import as_list, device_of, is_plain, local_tensors
-from foreshock.ops.power_iteration import lanczos
+from foreshock.ops.power_iteration import lanczos, shards
 from foreshock.ops.power_iteration import register as register
 from foreshock.ops.power_iteration.matrices import (
     DTYPES,
@@ -19,9 +21,20 @@ from foreshock.ops.power_iteration.matrices import (
     layout_of,
     select_matrices,
 )
+from foreshock.ops.power_iteration.shards import Spread, spread_of
 from foreshock.ops.power_iteration.state import PowerState
 
-__all__ = ["PowerIterator", "PowerState", "SpectralStats", "kappa", "power_iteration"]
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = [
+    "PowerIterator",
+    "PowerState",
+    "SpectralStats",
+    "kappa",
+    "power_iteration",
+    "why_not_summed",
+]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,6 +93,7 @@ def power_iteration(
     state: PowerState | None = None,
     iters: int | None = None,
     seed: int = 0,
+    group: ProcessGroup | None = None,
 ) -> tuple[SpectralStats, PowerState]:
     """Estimates the largest singular value of every weight matrix, and what follows from it.
 
@@ -98,13 +112,19 @@ def power_iteration(
             Three and more are a Lanczos run from v: 3 follow weights that move fast better than
             one, see docs/power_iteration.md.
         seed: of the first v. The same seed gives the same numbers.
+        group: of the ranks that hold these weights: numbers are then those of the whole matrices,
+            the same on every rank, and the state fits any number of ranks. A DTensor is split along
+            one dimension at most; any other tensor is the same on all ranks. None: what this
+            process holds is looked at by itself.
     Returns:
         The stats, and the state for the next call.
     Raises:
         TypeError, ValueError: naming the argument, or the place in `weights`, what stands there and
             what may; also where a shape is not the one that `state` is for.
     Cost:
-        Each pass reads every weight once and copies none; O(m + n) memory a matrix. No
+        Each pass reads every weight once and copies none; O(m + n) memory a matrix. With a group
+        one all_reduce a pass, for all matrices together: the columns of a matrix split by rows, the
+        rows of one split by columns, 8 bytes each. No
         synchronisation; on the host, only while a matrix is cold. For every step: `PowerIterator`.
     Source:
         Golub and Kahan 1965 (Lanczos); Xu et al. 2018, "Accelerated Stochastic Power Iteration",
@@ -112,8 +132,11 @@ def power_iteration(
     """
     _check_iters(iters, "iters")
     if torch.compiler.is_compiling():
+        if group is not None:
+            raise ValueError("group is given under torch.compile; accepted: None")
         return _traced_pass(as_list(weights, "weights"), state, iters)
-    iterator = PowerIterator(weights, None if state is None else state.clone(), seed=seed)
+    mine = None if state is None else state.clone()
+    iterator = PowerIterator(weights, mine, seed=seed, group=group)
     return iterator(iters=iters), iterator.state
 
 
@@ -138,6 +161,12 @@ def _traced_pass(
     return stats, PowerState(state.layouts, vectors, state.is_warm)
 
 
+def why_not_summed(weight: Tensor, group: ProcessGroup) -> str | None:
+    """What keeps a `group` from looking at the whole of a matrix; None if nothing does."""
+    spread = spread_of(weight, torch.distributed.get_world_size(group))
+    return spread if isinstance(spread, str) else None
+
+
 class PowerIterator:
     """`power_iteration` bound to a list of weights, to be called every step.
 
@@ -153,6 +182,7 @@ class PowerIterator:
         weights: as for `power_iteration`.
         state: as for `power_iteration`, but moved along in place, as `self.state`.
         seed: as for `power_iteration`.
+        group: as for `power_iteration`; every rank of it calls at the same place.
         recheck: False leaves out that look: the memory that the weights have now is read at each
             call, and kept alive for it.
     Raises:
@@ -168,9 +198,11 @@ class PowerIterator:
         state: PowerState | None = None,
         *,
         seed: int = 0,
+        group: ProcessGroup | None = None,
         recheck: bool = True,
     ) -> None:
         self._recheck = recheck
+        self._group = group
         self._seed = seed
         self._bind(as_list(weights, "weights"), state)
 
@@ -180,17 +212,45 @@ class PowerIterator:
         self._weights = weights
         self._are_plain = local is weights or all(map(is_plain, weights))
         self._matrices = [w for w in (local[i] for i in index) if w is not None]
-        cold = PowerState.cold([layout_of(w) for w in self._matrices], index, self._seed, device)
+        self._spreads = self._spread([weights[i] for i in index], index)
+        layouts = [s.whole for s in self._spreads] or [layout_of(w) for w in self._matrices]
+        cold = PowerState.cold(layouts, index, self._seed, device)
         self.state = cold if state is None else state.fitted(cold, index)
         self._table = make_table(local)
         if not self._recheck:  # not even `weight.data = ...` may free what will be read
             self._memory = [w.untyped_storage() for w in self._matrices]
         self._module = choose("power_iteration", device.type).module
         packed = torch.empty(len(index), 5, dtype=torch.float64, device=device)
-        self._pass = self._module.bind(self._matrices, self.state.vectors, packed)
+        self._pass = self._bound(range(len(index)), self.state.vectors, packed)
         skipped = tuple(i for i in range(len(weights)) if i not in set(index))
         places = torch.tensor(index, dtype=torch.int64, device=device)
         self.stats = SpectralStats.from_packed(packed, places, skipped)
+
+    def _spread(self, weights: list[Any], index: list[int]) -> list[Spread]:
+        """How the weights lie on the ranks of the group; empty without one."""
+        if self._group is None:
+            return []
+        num_ranks = torch.distributed.get_world_size(self._group)
+        spreads = []
+        for weight, i in zip(weights, index, strict=True):
+            spread = spread_of(weight, num_ranks)
+            if isinstance(spread, str):
+                raise ValueError(
+                    f"weights[{i}] {spread}; accepted with a group: on all its ranks, and split "
+                    "along one dimension at most"
+                )
+            spreads.append(spread)
+        return spreads
+
+    def _bound(
+        self, chosen: Sequence[int], vectors: Tensor, packed: Tensor
+    ) -> Callable[[], object]:
+        """A pass over some of the matrices."""
+        matrices = [self._matrices[m] for m in chosen]
+        if self._group is None:
+            return self._module.bind(matrices, vectors, packed)  # type: ignore[no-any-return]
+        spreads = [self._spreads[m] for m in chosen]
+        return shards.bind(self._module, matrices, spreads, vectors, packed, self._group)
 
     def __call__(
         self,
@@ -244,7 +304,7 @@ class PowerIterator:
         columns = [pair.shape[1] for pair in pairs]
         vectors = torch.cat(pairs, dim=1)
         rows = torch.empty_like(self.stats.packed[: len(chosen)])
-        call = self._module.bind([self._matrices[m] for m in chosen], vectors, rows)
+        call = self._bound(chosen, vectors, rows)
         lanczos.advance(call, vectors, rows, columns, passes)
         # One by one: an index in host memory would have to be waited for.
         for m, row, pair, moved in zip(
@@ -258,7 +318,8 @@ class PowerIterator:
         started = set(chosen)
         if self.stats.packed.device.type == "cpu":
             has_grown = self.stats.growth.numpy() > 0
-            started = {m for m in chosen if has_grown[m] or self._matrices[m].numel() == 0}
+            sizes = [math.prod(layout.shape) for layout in self.state.layouts]
+            started = {m for m in chosen if has_grown[m] or sizes[m] == 0}
         self.state.is_warm = tuple(w or m in started for m, w in enumerate(self.state.is_warm))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from foreshock.ops._backend import active_isa, load_kernels
 from foreshock.ops._tensors import DTYPE_CODES
-from foreshock.ops.power_iteration.matrices import gathered_columns, layout_of
+from foreshock.ops.power_iteration.matrices import Layout, gathered_columns, layout_of
 
 
 def why_unavailable(device_type: str) -> str | None:
@@ -21,12 +21,11 @@ def why_unavailable(device_type: str) -> str | None:
     return kernels if isinstance(kernels, str) else None
 
 
-def _table(weights: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+def _table(weights: Sequence[Tensor], layouts: Sequence[Layout]) -> tuple[Tensor, list[Tensor]]:
     """Rows of `Matrix` (csrc/power_iteration/kernel.h) as int64 words, and what they point to."""
     rows, owned = [], []
     first = 0
-    for weight in weights:
-        layout = layout_of(weight)
+    for weight, layout in zip(weights, layouts, strict=True):
         offsets_address = 0
         if (offsets := gathered_columns(weight, layout)) is not None:
             owned.append(offsets)
@@ -39,7 +38,11 @@ def _table(weights: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
 
 
 def bind(
-    weights: Sequence[Tensor], vectors: Tensor, packed: Tensor, isa: str | None = None
+    weights: Sequence[Tensor],
+    vectors: Tensor,
+    packed: Tensor,
+    layouts: Sequence[Layout] | None = None,
+    isa: str | None = None,
 ) -> Callable[[], None]:
     """Returns a call that passes over these weights once and moves their vectors a step.
 
@@ -48,6 +51,7 @@ def bind(
         vectors: (2, N) contiguous float64, in place: v and, below it, the step before, for each
             matrix as many columns as its `Layout` says.
         packed: (M, 5) contiguous float64, for the result; see `SpectralStats.packed`.
+        layouts: how each weight is read; None for what reads its memory best.
         isa: the instruction set; None for the active one.
 
     The call owns what it needs but the weights' memory, which the caller keeps alive.
@@ -55,7 +59,7 @@ def bind(
     kernels = load_kernels()
     if isinstance(kernels, str):
         raise RuntimeError(kernels)
-    table, owned = _table(weights)
+    table, owned = _table(weights, layouts or [layout_of(weight) for weight in weights])
     plan_bytes = kernels.power_iteration_plan_bytes(table.data_ptr(), len(table))
     memory = torch.empty(plan_bytes + 64, dtype=torch.uint8)
     plan = memory.data_ptr() + -memory.data_ptr() % 64

@@ -13,7 +13,7 @@ from foreshock.ops._backend import load_kernels
 from foreshock.ops._device import bind_launch, why_no_cuda
 from foreshock.ops._tensors import DTYPE_CODES
 from foreshock.ops.power_iteration.device_table import SEGMENT_BYTES, DeviceTable, Shape, sum_bytes
-from foreshock.ops.power_iteration.matrices import DTYPES
+from foreshock.ops.power_iteration.matrices import DTYPES, Layout
 
 USUAL, CUT, LONGER = range(3)  # as in TaskCounts of csrc/power_iteration/kernel.h
 
@@ -45,10 +45,14 @@ def key_of(shape: Shape) -> tuple[int, int]:
 
 
 def make_plan(
-    weights: Sequence[Tensor], vectors: Tensor, packed: Tensor, whole_bytes: int
+    weights: Sequence[Tensor],
+    vectors: Tensor,
+    packed: Tensor,
+    whole_bytes: int,
+    layouts: Sequence[Layout] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """The words of a `DevicePlan` (csrc/power_iteration/kernel.h), and the memory it names."""
-    table = DeviceTable(weights, packed.device, whole_bytes, key_of)
+    table = DeviceTable(weights, packed.device, whole_bytes, key_of, layouts)
     counts = {kind.key: kind.task_count for kind in table.kinds}
     sizes = [3 * table.tasks, 2 * table.chunks, table.partial_words, table.dots_words]
     scratch = packed.new_empty(sum(sizes) + vectors.shape[1])
@@ -60,7 +64,12 @@ def make_plan(
     return torch.tensor(words, dtype=torch.int64), [table.words, scratch, vectors, packed]
 
 
-def bind(weights: Sequence[Tensor], vectors: Tensor, packed: Tensor) -> Callable[[], object]:
+def bind(
+    weights: Sequence[Tensor],
+    vectors: Tensor,
+    packed: Tensor,
+    layouts: Sequence[Layout] | None = None,
+) -> Callable[[], object]:
     """Returns a call that passes over these weights once; see `cpu.bind`.
 
     On the current stream it launches one kernel for each dtype among the weights, up to two more
@@ -76,7 +85,7 @@ def bind(weights: Sequence[Tensor], vectors: Tensor, packed: Tensor) -> Callable
     if not weights:
         return lambda: None
     advance_cuda, whole_bytes = _load_kernels(packed.get_device())
-    plan, memory = make_plan(weights, vectors, packed, whole_bytes)
+    plan, memory = make_plan(weights, vectors, packed, whole_bytes, layouts)
     launch = functools.partial(advance_cuda, plan.data_ptr())
     call = bind_launch(launch, memory, packed.device)
     call.owns = plan  # type: ignore[attr-defined]

@@ -78,6 +78,7 @@ class DeviceTable:
         device: theirs.
         whole_bytes: rows as long as float vectors of so many bytes are read whole.
         key_of: of what is read by the same code; kinds are in the order of their keys.
+        layouts: how each is read; None for what reads its memory best.
 
     Attributes:
         rows: (M, WORDS) int64; owners: int32, for each task its matrix; chunk_owners: int32, the
@@ -95,13 +96,14 @@ class DeviceTable:
         device: torch.device,
         whole_bytes: int,
         key_of: Callable[[Shape], Any],
+        layouts: Sequence[Layout] | None = None,
     ) -> None:
         self._whole_bytes = whole_bytes
         self.partial_words = self.dots_words = 0
         first = 0
         rows, keys, offsets = [], [], []
-        for weight in weights:
-            layout = layout_of(weight)
+        layouts = layouts or [layout_of(weight) for weight in weights]
+        for weight, layout in zip(weights, layouts, strict=True):
             gathered = gathered_columns(weight, layout)
             row, shape = self._describe(weight, layout, first, gathered is not None)
             rows.append(row)

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from foreshock.ops.power_iteration.matrices import as_matrix, layout_of
+from foreshock.ops.power_iteration.matrices import Layout, as_matrix, layout_of
 
 _ROWS = 1024  # that are widened to float64 at a time
-_LEAST_SHARE = 1e-16  # |W v|^2 below this share of |W|^2 is rounding
+LEAST_SHARE = 1e-16  # |W v|^2 below this share of |W|^2 is rounding
 
 
 def why_unavailable(device_type: str) -> str | None:
@@ -40,7 +40,7 @@ def advance(W: Tensor, v: Tensor, previous: Tensor) -> Tensor:
         y += w.T @ u
         usq += u @ u
         wsq += w.square().sum()
-    sees = is_usable & (usq > _LEAST_SHARE * wsq)
+    sees = is_usable & (usq > LEAST_SHARE * wsq)
     sigma = torch.where(sees, y.norm() / usq.sqrt(), usq.sqrt())
     growth = torch.where(sees, sigma / usq.sqrt(), 0)
     z = torch.where(sees, y / usq - previous / 4, torch.ones_like(v))
@@ -54,9 +54,14 @@ def advance(W: Tensor, v: Tensor, previous: Tensor) -> Tensor:
     return torch.where(is_usable, row, torch.where(torch.isfinite(largest), 0, torch.nan))
 
 
-def bind(weights: Sequence[Tensor], vectors: Tensor, packed: Tensor) -> Callable[[], None]:
+def bind(
+    weights: Sequence[Tensor],
+    vectors: Tensor,
+    packed: Tensor,
+    layouts: Sequence[Layout] | None = None,
+) -> Callable[[], None]:
     """Returns a call that passes over these weights once; see `cpu.bind`."""
-    layouts = [layout_of(weight) for weight in weights]
+    layouts = layouts or [layout_of(weight) for weight in weights]
 
     def call() -> None:
         spans = vectors.split([layout.columns for layout in layouts], dim=1)

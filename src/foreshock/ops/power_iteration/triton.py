@@ -20,6 +20,7 @@ from foreshock.ops.power_iteration.device_table import (
     Kind,
     Shape,
 )
+from foreshock.ops.power_iteration.matrices import Layout
 
 _IS_INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -489,11 +490,18 @@ def _compile(key: Key, device: torch.device) -> None:
     _launch([Kind(key, 0, 1)], table, spare)
 
 
-def _table(weights: Sequence[Tensor], device: torch.device) -> DeviceTable:
-    return DeviceTable(weights, device, SEGMENT_BYTES, key_of)
+def _table(
+    weights: Sequence[Tensor], device: torch.device, layouts: Sequence[Layout] | None = None
+) -> DeviceTable:
+    return DeviceTable(weights, device, SEGMENT_BYTES, key_of, layouts)
 
 
-def bind(weights: Sequence[Tensor], vectors: Tensor, packed: Tensor) -> Callable[[], object]:
+def bind(
+    weights: Sequence[Tensor],
+    vectors: Tensor,
+    packed: Tensor,
+    layouts: Sequence[Layout] | None = None,
+) -> Callable[[], object]:
     """Returns a call that passes over these weights once; see `cpu.bind`.
 
     On the current stream it launches one kernel for each kind of matrix (dtype, columns up to the
@@ -508,7 +516,7 @@ def bind(weights: Sequence[Tensor], vectors: Tensor, packed: Tensor) -> Callable
     if not weights:
         return lambda: None
     device = packed.device
-    table = _table(weights, device)
+    table = _table(weights, device, layouts)
     memory = _allocate(table, vectors, packed)
     if not _IS_INTERPRETED:
         for kind in table.kinds:
