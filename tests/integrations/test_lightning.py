@@ -352,6 +352,19 @@ def test_observing_only_tells(tmp_path: Path) -> None:
     assert not is_finite(module)
 
 
+@pytest.mark.parametrize(("parameters", "kind"), [("trainable", "gradient"), ("all", "parameter")])
+def test_frozen_parameters_are_looked_at_if_they_are_asked_for(
+    tmp_path: Path, parameters: str, kind: str
+) -> None:
+    def strike(module: Any) -> None:
+        module.gpt.position_embedding.weight[0, 0] = math.nan
+
+    module = Module({3: strike})
+    module.gpt.position_embedding.requires_grad_(False)
+    fit(tmp_path, module, monitor_callback(tmp_path, parameters=parameters), max_steps=4)
+    assert records(tmp_path, "anomaly_seen")[0]["offender"]["kind"] == kind
+
+
 def test_the_trainer_stops_when_the_guard_gives_up(tmp_path: Path) -> None:
     callback = monitor_callback(tmp_path, guard_enabled=True, guard_max_rollbacks=1)
     strikes: dict[int, Strike] = dict.fromkeys(range(15, 30), strike_weight)
@@ -438,6 +451,7 @@ def test_the_loggers_are_told(tmp_path: Path) -> None:
     told = {r["step"]: r["grad_norm"] for r in records(tmp_path, "telemetry")}
     assert {int(r["step"]): float(r["foreshock/grad_norm"]) for r in rows} == pytest.approx(told)
     assert sorted(told) == [0, 5, 10]
+    assert rows[-1]["foreshock/total_rollbacks"] == "0.0"
 
 
 def test_manual_optimization_is_refused_with_what_to_do_instead(tmp_path: Path) -> None:

@@ -150,6 +150,27 @@ def test_a_bad_loss_alone_is_borne_until_there_are_too_many_in_a_row(tmp_path: P
     assert monitor.next_step == 10
 
 
+def test_a_spike_is_recorded_or_counts_as_a_bad_loss(tmp_path: Path) -> None:
+    for response, action in (("log", fs.Action.CONTINUE), ("skip", fs.Action.SKIP)):
+        guard = {"spike_response": response, "spike_min_count": 8}
+        monitor = monitor_of(run := Linear(), tmp_path / response, guard=guard)
+        train(run, monitor, 40)
+        verdict = monitor.step(40, 1e4, run.weights)
+        assert verdict.action is action
+        (seen,) = wait_for(monitor, tmp_path / response, "anomaly_seen")
+        assert (seen["step"], seen["reason"]) == (40, "LOSS_SPIKE")
+
+
+def test_the_model_is_looked_at_every_so_many_steps_and_when_the_loss_is_bad(
+    tmp_path: Path,
+) -> None:
+    bad = np.array([math.nan])
+    monitor = monitor_of(Linear(), tmp_path, guard={"mode": "observe", "check_interval": 3})
+    offenders = [monitor.step(n, 1.0, bad).offender for n in range(4)]
+    assert [o is not None for o in offenders] == [True, False, False, True]
+    assert monitor.step(4, math.nan, bad).offender is not None
+
+
 def test_a_loss_over_the_threshold_is_rolled_back(tmp_path: Path) -> None:
     monitor = monitor_of(run := Linear(), tmp_path, guard={"violation_threshold": 100.0})
     train(run, monitor, 15)

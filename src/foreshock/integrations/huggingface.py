@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from transformers import (
@@ -21,6 +20,7 @@ from transformers import (
 
 from foreshock.guard import Guard, Verdict
 from foreshock.integrations.accelerate import let_scaler_step_through_the_gate, watch
+from foreshock.integrations.wrapped_calls import WrappedCalls
 from foreshock.monitor import Monitor
 
 _log = logging.getLogger("foreshock")
@@ -177,14 +177,6 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]
             self.summary = attached.close()
 
 
-class _Wrapped(NamedTuple):
-    owner: Any
-    name: str
-    before: Any
-    """What the owner had under this name for itself; None: nothing, but its class had."""
-    ours: Any
-
-
 class _Attached:
     """A monitor on a Trainer, until `close`.
 
@@ -200,33 +192,15 @@ class _Attached:
         self._trainer = trainer
         self._loss: torch.Tensor | None = None
         self._is_unscaled = False
-        self._wrapped: list[_Wrapped] = []
-        self._is_closed = False
-        self._wrap(trainer, "training_step", self._training_step)
-        self._wrap(trainer, "log", self._log)
-        self._wrap(trainer.accelerator, "clip_grad_norm_", self._clip_grad_norm_)
-        self._wrap(trainer.accelerator, "unscale_gradients", self._unscale_gradients)
-
-    def _wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
-        inner = getattr(owner, name)
-
-        @functools.wraps(inner)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return inner(*args, **kwargs) if self._is_closed else around(inner, *args, **kwargs)
-
-        self._wrapped.append(_Wrapped(owner, name, vars(owner).get(name), call))
-        setattr(owner, name, call)
+        self._calls = WrappedCalls()
+        self._calls.wrap(trainer, "training_step", self._training_step)
+        self._calls.wrap(trainer, "log", self._log)
+        self._calls.wrap(trainer.accelerator, "clip_grad_norm_", self._clip_grad_norm_)
+        self._calls.wrap(trainer.accelerator, "unscale_gradients", self._unscale_gradients)
 
     def close(self) -> dict[str, Any]:
-        """Puts back what was wrapped; where somebody has wrapped ours since, ours lets all pass."""
-        self._is_closed = True
-        for owner, name, before, ours in self._wrapped:
-            if vars(owner).get(name) is not ours:
-                continue
-            if before is None:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, before)
+        """Puts back what was wrapped."""
+        self._calls.undo()
         summary = self.monitor.finalize()
         let_scaler_step_through_the_gate(self._trainer.optimizer)
         return summary

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -50,6 +50,8 @@ class MonitorCallback(Callback):  # type: ignore[misc]
         spectral_enabled: whether the spectra of the weights are followed.
         spectral_interval: steps between looks at them.
         telemetry_interval: steps between telemetry records.
+        parameters: trainable: only parameters that require a gradient are scanned and copied, which
+            of a model with adapters are few. all: frozen ones too.
         guard: the other fields of `foreshock.Guard`, by name.
         more: the other settings of `foreshock.Monitor`.
     Raises:
@@ -72,6 +74,7 @@ class MonitorCallback(Callback):  # type: ignore[misc]
         spectral_enabled: bool = True,
         spectral_interval: int = 50,
         telemetry_interval: int = 10,
+        parameters: Literal["trainable", "all"] = "trainable",
         guard: dict[str, Any] | None = None,
         **more: Any,
     ) -> None:
@@ -89,6 +92,7 @@ class MonitorCallback(Callback):  # type: ignore[misc]
             "spectral_enabled": spectral_enabled,
             "spectral_interval": spectral_interval,
             "telemetry_interval": telemetry_interval,
+            "parameters": parameters,
             **more,
         }
         self._attached: _Attached | None = None
@@ -251,7 +255,8 @@ class _Attached:
         if not latest or latest["step"] == self._told_step:
             return
         step = self._told_step = latest.pop("step")
-        numbers = {f"foreshock/{k}": float(v) for k, v in latest.items() if _is_number(v)}
+        told = {**latest, **self.monitor.counts}
+        numbers = {f"foreshock/{k}": float(v) for k, v in told.items() if _is_number(v)}
         for logger in self._trainer.loggers:
             logger.log_metrics(numbers, step=step)
 
