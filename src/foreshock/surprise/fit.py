@@ -23,7 +23,7 @@ from foreshock.surprise.layers import select
 from foreshock.surprise.listener import Aggregation, Listener, Reading, joined, listening
 from foreshock.surprise.model_input import Batch, MaskSource, read_batches
 from foreshock.surprise.outputs import Reduction, evaluating
-from foreshock.surprise.probe import SurpriseProbe, standardised
+from foreshock.surprise.probe import SurpriseProbe, scale_of, scales, standardised
 from foreshock.surprise.row_sample import LayerRows
 from foreshock.surprise.scores import LayerComponents
 from foreshock.surprise.splits import THREE_WAYS, TWO_WAYS, Role, roles
@@ -108,8 +108,9 @@ def fit(
         fitted = [_codes_of(rows, key, codes, dim, whiten, seed) for key in rows.names]
         heard = functools.partial(_components, model, modules, fitted, reading)
         _normalise(fitted, heard(parts.held_out[Role.NORMALISE]))
-        normal = standardised(fitted, heard(parts.held_out[Role.CALIBRATE]))
-    calibrator.fit(reading.aggregate(normal))
+        calibrating = heard(parts.held_out[Role.CALIBRATE])
+    normal_LN = standardised(fitted, calibrating, scale_of(*scales(fitted)))
+    calibrator.fit(reading.aggregate_rows(normal_LN, [one.name for one in fitted]))
     return SurpriseProbe(model, modules, fitted, calibrator, reading, parts.counts())
 
 

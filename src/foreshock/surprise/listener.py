@@ -5,15 +5,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from foreshock.surprise.aggregation import max_surprise, mean_surprise, weighted_surprise
+from foreshock.surprise.aggregation import (
+    check_weights,
+    max_of_layers,
+    max_surprise,
+    mean_of_layers,
+    mean_surprise,
+    weighted_mean_of_layers,
+    weighted_surprise,
+)
 from foreshock.surprise.layer_codes import LayerCodes
 from foreshock.surprise.model_input import MaskSource
-from foreshock.surprise.outputs import Reduction, check_reduction, rows_of
+from foreshock.surprise.outputs import Reduction, check_reduction, over_positions, rows_of
 from foreshock.surprise.scores import LayerComponents
 
 Aggregation: TypeAlias = Literal["mean", "max", "weighted"]
@@ -57,6 +65,22 @@ class Reading:
             return weighted_surprise(per_layer, self.weights)
         return max_surprise(per_layer) if self.aggregation == "max" else mean_surprise(per_layer)
 
+    def aggregate_rows(self, rows_LN: Tensor, names: list[str]) -> Tensor:
+        """(N,): the same of layers that are aligned, in the order of their names."""
+        if self.weights is not None:
+            check_weights(self.weights, names)
+            return weighted_mean_of_layers(rows_LN, [self.weights[name] for name in names])
+        return max_of_layers(rows_LN) if self.aggregation == "max" else mean_of_layers(rows_LN)
+
+
+class Heard(NamedTuple):
+    """What the codes make of one call of a layer, at every position."""
+
+    parts: tuple[Tensor, ...]
+    """D, or D, L and H: each (N,) or (N, P)."""
+    mask: Tensor | None
+    """(N, P) bool: which positions count; None if all do."""
+
 
 class Listener:
     """The components of every layer of every sample that ran while it listened.
@@ -65,16 +89,24 @@ class Listener:
         codes: of every layer, and of every call of it in a forward, in their order.
         reading: how outputs are read.
         mask: (N, T) bool, which positions count, of each forward.
+        has_codes: whether L and H are wanted beside D.
     """
 
-    def __init__(self, codes: list[LayerCodes], reading: Reading, mask: Tensor | None) -> None:
+    def __init__(
+        self,
+        codes: list[LayerCodes],
+        reading: Reading,
+        mask: Tensor | None,
+        has_codes: bool = False,
+    ) -> None:
         self._codes = codes
         self._calls: dict[str, list[LayerCodes]] = {}
         for one in codes:
             self._calls.setdefault(one.layer, []).append(one)
         self._reading = reading
         self._mask = mask
-        self._forwards: list[dict[str, list[LayerComponents]]] = [{}]
+        self._has_codes = has_codes
+        self._forwards: list[dict[str, list[Heard]]] = [{}]
         self._fault: Exception | None = None
 
     def begin_forward(self) -> None:
@@ -88,7 +120,7 @@ class Listener:
             return
         heard = self._forwards[-1].setdefault(layer, [])
         try:
-            heard.append(self._components(layer, len(heard), module, output))
+            heard.append(self._heard(layer, len(heard), module, output))
         except Exception as error:  # watching does not break what is watched
             self._fault = error
 
@@ -106,17 +138,16 @@ class Listener:
         """
         if self._fault is not None:
             raise self._fault
-        forwards = [self._by_name(forward) for forward in self._forwards if forward]
-        if not forwards:
+        heard = [self._by_name(forward) for forward in self._forwards if forward]
+        if not heard:
             raise RuntimeError(
                 "no layer was called while listening; accepted: a forward of the model that was "
                 "fitted, or of its parts, uncompiled"
             )
-        return joined(forwards)
+        reduction = self._reading.reduce_positions
+        return joined([by_sample(forward, reduction) for forward in heard])
 
-    def _components(
-        self, layer: str, call: int, module: nn.Module, output: object
-    ) -> LayerComponents:
+    def _heard(self, layer: str, call: int, module: nn.Module, output: object) -> Heard:
         calls = self._calls[layer]
         if call >= len(calls):
             raise ValueError(
@@ -124,10 +155,10 @@ class Listener:
                 f"{len(calls)}, as fitted; each call of the model itself begins a forward"
             )
         rows, mask = rows_of(layer, module, output, self._reading.batch_dim, self._mask)
-        return calls[call].components(rows, mask, self._reading.reduce_positions)
+        return Heard(calls[call].measure(rows, self._has_codes), mask)
 
-    def _by_name(self, forward: Mapping[str, list[LayerComponents]]) -> dict[str, LayerComponents]:
-        found: dict[str, LayerComponents] = {}
+    def _by_name(self, forward: Mapping[str, list[Heard]]) -> dict[str, Heard]:
+        found: dict[str, Heard] = {}
         for layer, calls in self._calls.items():
             heard = forward.get(layer, [])
             if len(heard) < len(calls):
@@ -135,8 +166,27 @@ class Listener:
                     f"layer {layer!r} was called {len(heard)} times in a forward; accepted: "
                     f"{len(calls)}, as fitted"
                 )
-            found.update({one.name: parts for one, parts in zip(calls, heard, strict=True)})
+            found.update({one.name: each for one, each in zip(calls, heard, strict=True)})
         return found
+
+
+def by_sample(heard: Mapping[str, Heard], reduction: Reduction) -> dict[str, LayerComponents]:
+    """What was heard in one forward, over positions; layers that are alike are taken together."""
+    alike: dict[object, list[str]] = {}
+    for name, one in heard.items():
+        first = one.parts[0]
+        alike.setdefault((first.shape, first.device, id(one.mask)), []).append(name)
+    found = {}
+    for names in alike.values():
+        parts, mask = heard[names[0]]
+        if parts[0].dim() == 1:
+            found.update({name: heard[name].parts for name in names})
+            continue
+        stacked = torch.stack([part for name in names for part in heard[name].parts])
+        reduced = over_positions(stacked, mask, reduction).unbind()
+        for i, name in enumerate(names):
+            found[name] = reduced[i * len(parts) : (i + 1) * len(parts)]
+    return {name: LayerComponents(*found[name]) for name in heard}
 
 
 @contextlib.contextmanager
@@ -162,13 +212,16 @@ def joined(forwards: list[dict[str, LayerComponents]]) -> dict[str, LayerCompone
     """The components of all samples of some forwards, at least one."""
     if len(forwards) == 1:
         return forwards[0]
-    fields = [field.name for field in dataclasses.fields(LayerComponents)]
-    return {
-        name: LayerComponents(
-            *(
-                torch.cat([getattr(forward[name], field) for forward in forwards])
-                for field in fields
-            )
-        )
-        for name in forwards[0]
-    }
+    return {name: _joined([forward[name] for forward in forwards]) for name in forwards[0]}
+
+
+def _joined(parts: list[LayerComponents]) -> LayerComponents:
+    def all_of(each: list[Tensor | None]) -> Tensor | None:
+        known = [part for part in each if part is not None]
+        return torch.cat(known) if known else None
+
+    return LayerComponents(
+        torch.cat([one.distance for one in parts]),
+        all_of([one.length for one in parts]),
+        all_of([one.entropy for one in parts]),
+    )

@@ -90,7 +90,7 @@ class LayerRows:
         def hear(layer: str, module: nn.Module, output: object) -> None:
             rows, mask = rows_of(layer, module, output, self._batch_dim, batch.mask)
             self._check_samples(layer, rows, batch)
-            self._add((layer, calls[layer]), rows, mask)
+            self._add((layer, calls[layer]), rows.detach().float(), mask)
             calls[layer] += 1
 
         with listening(self._model, self._modules, hear, lambda: None):

@@ -17,10 +17,12 @@ class LayerComponents:
 
     distance: Tensor
     """D: squared distance to the nearest code, in units of the spread within clusters."""
-    length: Tensor
-    """L: code length in nats. Falls far from every code: never a score by itself."""
-    entropy: Tensor
-    """H: entropy over codes in nats. Falls far from every code: never a score by itself."""
+    length: Tensor | None = None
+    """L: code length in nats. Falls far from every code: never a score by itself. None from a
+    probe that was not asked for it."""
+    entropy: Tensor | None = None
+    """H: entropy over codes in nats. Falls far from every code: never a score by itself. None from
+    a probe that was not asked for it."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

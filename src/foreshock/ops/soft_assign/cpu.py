@@ -10,10 +10,12 @@ from torch import Tensor
 
 from foreshock.ops._backend import active_isa, load_kernels
 from foreshock.ops._tensors import DTYPE_CODES
+from foreshock.ops.soft_assign.frame import Assignment, Frame
 from foreshock.ops.soft_assign.reference import Saved
 
 _ROWS_PER_TASK = 64
-# Multiply-adds, a pair's exponential counted as 16 of them: some 0.1 ms. A second thread that has
+_EXPONENTIAL = 16  # what that of a pair of row and code counts as, in multiply-adds
+# Multiply-adds: some 0.1 ms. A second thread that has
 # to be woken for less, between the layers of a model, costs more than it takes over.
 _WORK_PER_TASK = 1 << 21
 _TASKS_PER_THREAD = 4
@@ -29,6 +31,11 @@ def why_unavailable(device_type: str) -> str | None:
         return "reads the memory of the host only"
     kernels = load_kernels()
     return kernels if isinstance(kernels, str) else None
+
+
+def _tasks(rows: int, work_per_row: int, threads: int) -> int:
+    worth = rows * work_per_row // _WORK_PER_TASK
+    return max(1, min(-(-rows // _ROWS_PER_TASK), _TASKS_PER_THREAD * threads, worth))
 
 
 def _bind(
@@ -67,8 +74,7 @@ def forward(
     kernels = load_kernels()
     threads = 1 if isinstance(kernels, str) else kernels.thread_count()
     codes, features = centers_KD.shape
-    worth = rows * codes * (features + 16) // _WORK_PER_TASK
-    tasks = max(1, min(-(-rows // _ROWS_PER_TASK), _TASKS_PER_THREAD * threads, worth))
+    tasks = _tasks(rows, codes * (features + _EXPONENTIAL), threads)
     call, _ = _bind("forward", x_ND, centers_KD, temperature, eps, tasks, isa)
     best = torch.empty(rows, dtype=torch.int64)
     scalars = torch.empty(4, rows, dtype=centers_KD.dtype)
@@ -102,3 +108,91 @@ def backward(
     if any(needs):
         call(grads.data_ptr(), *places)
     return grad_x, grad_centers
+
+
+# What a call writes and nobody reads after it; the next call, of any assigner, has it in its cache.
+_scratch: list[Tensor] = []
+
+
+class Assigner:
+    """A plan (csrc/soft_assign/kernel.h) of what a frame was when it was bound."""
+
+    def __init__(self, frame: Frame, *, isa: str | None = None) -> None:
+        kernels = load_kernels()
+        if isinstance(kernels, str):
+            raise RuntimeError(kernels)
+        centers, offset, basis, temperature, eps = frame
+        dtype = DTYPE_CODES[centers.dtype]
+        (codes, features), inputs = centers.shape, frame.inputs
+        isa = isa or active_isa()
+        plan_bytes = kernels.soft_assign_plan_bytes(dtype, codes, features, inputs)
+        self._memory = torch.empty(plan_bytes, dtype=torch.uint8)
+        self._plan = self._memory.data_ptr()
+        getattr(kernels, f"soft_assign_bind_{isa}")(
+            centers.data_ptr(),
+            0 if offset is None else offset.data_ptr(),
+            0 if basis is None else basis.data_ptr(),
+            *((0, 0) if basis is None else basis.stride()),
+            dtype,
+            codes,
+            features,
+            inputs,
+            temperature,
+            eps,
+            self._plan,
+        )
+        self._kernel = getattr(kernels, f"soft_assign_assign_{isa}")
+        self._thread_count = kernels.thread_count
+        self._task_bytes = kernels.soft_assign_task_bytes(self._plan)
+        self._dtype, self._features = centers.dtype, features
+        mapping = 0 if basis is None else inputs * features
+        self._work_of_distance = mapping + codes * features
+        self._work_of_code = self._work_of_distance + codes * _EXPONENTIAL
+
+    def distance(self, x_ND: Tensor) -> Tensor:
+        """See `BoundAssigner`."""
+        rows = x_ND.shape[0]
+        distance = torch.empty(rows, dtype=self._dtype)
+        self._run(x_ND, rows, self._work_of_distance, 0, distance.data_ptr(), 0)
+        return distance
+
+    def assign(self, x_ND: Tensor, is_mapped_wanted: bool) -> Assignment:
+        """See `BoundAssigner`."""
+        rows = x_ND.shape[0]
+        best = torch.empty(rows, dtype=torch.int64)
+        scalars = torch.empty(3, rows, dtype=self._dtype)
+        mapped = torch.empty(rows, self._features, dtype=self._dtype) if is_mapped_wanted else None
+        places = (best, scalars, mapped)
+        self._run(
+            x_ND,
+            rows,
+            self._work_of_code,
+            *(0 if place is None else place.data_ptr() for place in places),
+        )
+        distance, length, entropy = scalars.unbind()
+        return Assignment(best, distance, length, entropy, mapped)
+
+    def _run(
+        self, x_ND: Tensor, rows: int, work: int, best: int, scalars: int, mapped: int
+    ) -> None:
+        tasks = _tasks(rows, work, self._thread_count())
+        needed = tasks * self._task_bytes
+        try:
+            scratch = _scratch.pop()  # in one step: another thread gets another one
+        except IndexError:
+            scratch = torch.empty(needed, dtype=torch.uint8)
+        if scratch.numel() < needed:
+            scratch = torch.empty(needed, dtype=torch.uint8)
+        self._kernel(
+            self._plan,
+            x_ND.data_ptr(),
+            DTYPE_CODES[x_ND.dtype],
+            rows,
+            x_ND.stride(0),
+            tasks,
+            scratch.data_ptr(),
+            best,
+            scalars,
+            mapped,
+        )
+        _scratch.append(scratch)
