@@ -870,4 +870,9 @@ Status assign(const Plan* plan, const void* x, int64_t x_dtype, int64_t rows, in
     return run(*plan, x, x_dtype, rows, stride, tasks, scratch, best, scalars, mapped);
 }
 
+void measure(const Plan* plan, const void* x, int64_t x_dtype, int64_t rows, int64_t stride,
+             int64_t tasks, void* scratch, void* distance) {
+    assign(plan, x, x_dtype, rows, stride, tasks, scratch, nullptr, distance, nullptr);
+}
+
 }  // namespace foreshock::soft_assign::FORESHOCK_ISA

@@ -56,7 +56,7 @@ def weighted_surprise(per_layer: Mapping[str, Tensor], weights: Mapping[str, flo
 def mean_of_layers(rows_LN: Tensor) -> Tensor:
     """`mean_surprise` of layers that are aligned, (N,)."""
     # In double precision, where the order of summation, which the batch may change, is not seen.
-    return rows_LN.mean(0, dtype=torch.float64).to(rows_LN.dtype)
+    return rows_LN.double().mean(0).to(rows_LN.dtype)
 
 
 def max_of_layers(rows_LN: Tensor) -> Tensor:

@@ -191,6 +191,8 @@ class EmpiricalPercentileCalibrator:
 
 def _as_tensor(scores: Any, name: str) -> Tensor:
     """float64 on the device that the scores are on, without their history."""
+    if isinstance(scores, Tensor) and scores.is_floating_point():
+        return scores.detach().double()
     # Numbers of Python would become float32, and lose digits that decide at a boundary.
     dtype = scores.dtype if isinstance(scores, Tensor) else torch.float64
     try:

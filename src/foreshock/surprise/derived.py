@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
-from typing import Generic, TypeVar
-
-from torch import Tensor
+from typing import Any, Generic, TypeVar
 
 Made = TypeVar("Made")
 
@@ -19,21 +18,19 @@ class Derived(Generic[Made]):
 
     def __init__(self, make: Callable[..., Made]) -> None:
         self._make = make
-        self._of: list[tuple[Tensor, int]] = []
+        self._seen: tuple[Any, ...] = ()
+        self._versions: list[int] = []
         self._made: list[Made] = []
 
-    def of(self, *tensors: Tensor) -> Made:
+    def of(self, *tensors: Any) -> Made:
         """What `make(*tensors)` gives."""
-        is_same = len(tensors) == len(self._of) and all(
-            tensor is seen and tensor._version == version
-            for tensor, (seen, version) in zip(tensors, self._of, strict=True)
-        )
-        if is_same:
-            return self._made[0]
-        self._made = [self._make(*tensors)]
-        # Tensors of inference mode do not say when they are written to.
-        is_known = not any(t.is_inference() for t in tensors)
-        self._of = [(t, t._version) for t in tensors] if is_known else []
+        try:
+            versions = [tensor._version for tensor in tensors]
+        except RuntimeError:  # tensors of inference mode do not say when they are written to
+            return self._make(*tensors)
+        if versions != self._versions or not all(map(operator.is_, tensors, self._seen)):
+            self._made = [self._make(*tensors)]
+            self._seen, self._versions = tensors, versions
         return self._made[0]
 
     def __deepcopy__(self, _: object) -> Derived[Made]:

@@ -73,19 +73,17 @@ class LayerCodes(nn.Module):
             One call of `SoftAssigner`, which is bound anew when a buffer has changed.
         """
         buffers = self._buffers
-        mean, projection, centers = buffers["mean"], buffers["projection"], buffers["centers"]
-        assert mean is not None
-        assert projection is not None
-        assert centers is not None
-        if rows.shape[-1] != len(mean) or rows.device != mean.device:
+        try:
+            assigner = self._assigner.of(buffers["mean"], buffers["projection"], buffers["centers"])
+            if not has_codes:
+                return (assigner.distance(rows),)
+            code = assigner(rows)
+        except ValueError as error:
             raise ValueError(
                 f"layer {self.name!r} gives {rows.shape[-1]} features on {rows.device}; accepted: "
-                f"{len(mean)} on {mean.device}, as fitted; probe.to(device) moves the probe"
-            )
-        assigner = self._assigner.of(mean, projection, centers)
-        if not has_codes:
-            return (assigner.distance(rows),)
-        code = assigner(rows)
+                f"{len(self.mean)} on {self.mean.device}, as fitted; probe.to(device) moves the "
+                "probe"
+            ) from error
         return code.distance, code.length, code.entropy
 
     def components(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -21,8 +21,14 @@ from foreshock.surprise.aggregation import (
 )
 from foreshock.surprise.layer_codes import LayerCodes
 from foreshock.surprise.model_input import MaskSource
-from foreshock.surprise.outputs import Reduction, check_reduction, over_positions, rows_of
-from foreshock.surprise.scores import LayerComponents
+from foreshock.surprise.outputs import (
+    Reduction,
+    are_rows,
+    check_reduction,
+    over_positions,
+    rows_of,
+)
+from foreshock.surprise.scores import Parts
 
 Aggregation: TypeAlias = Literal["mean", "max", "weighted"]
 
@@ -76,8 +82,8 @@ class Reading:
 class Heard(NamedTuple):
     """What the codes make of one call of a layer, at every position."""
 
-    parts: tuple[Tensor, ...]
-    """D, or D, L and H: each (N,) or (N, P)."""
+    parts: Parts
+    """Each (N,) or (N, P)."""
     mask: Tensor | None
     """(N, P) bool: which positions count; None if all do."""
 
@@ -106,6 +112,7 @@ class Listener:
         self._reading = reading
         self._mask = mask
         self._has_codes = has_codes
+        self._takes_positions = mask is None and reading.batch_dim == 0
         self._forwards: list[dict[str, list[Heard]]] = [{}]
         self._fault: Exception | None = None
 
@@ -118,8 +125,8 @@ class Listener:
         """Takes in one output of a layer; a fault is kept for who asks, and not raised here."""
         if self._fault is not None:
             return
-        heard = self._forwards[-1].setdefault(layer, [])
         try:
+            heard = self._forwards[-1].setdefault(layer, [])
             heard.append(self._heard(layer, len(heard), module, output))
         except Exception as error:  # watching does not break what is watched
             self._fault = error
@@ -129,8 +136,8 @@ class Listener:
         """Whether any layer was called."""
         return self._fault is not None or any(self._forwards)
 
-    def components(self) -> dict[str, LayerComponents]:
-        """Of all samples in the order in which they ran, by layer.
+    def parts(self) -> dict[str, Parts]:
+        """By layer, each (N,): of all samples in the order in which they ran.
 
         Raises:
             TypeError, ValueError: what was heard cannot be judged; naming the layer.
@@ -154,6 +161,8 @@ class Listener:
                 f"layer {layer!r} was called more than {len(calls)} times in a forward; accepted: "
                 f"{len(calls)}, as fitted; each call of the model itself begins a forward"
             )
+        if are_rows(output, module, self._takes_positions):
+            return Heard(calls[call].measure(output, self._has_codes), None)
         rows, mask = rows_of(layer, module, output, self._reading.batch_dim, self._mask)
         return Heard(calls[call].measure(rows, self._has_codes), mask)
 
@@ -170,58 +179,70 @@ class Listener:
         return found
 
 
-def by_sample(heard: Mapping[str, Heard], reduction: Reduction) -> dict[str, LayerComponents]:
+def by_sample(heard: Mapping[str, Heard], reduction: Reduction) -> dict[str, Parts]:
     """What was heard in one forward, over positions; layers that are alike are taken together."""
+    found = {name: one.parts for name, one in heard.items()}
     alike: dict[object, list[str]] = {}
-    for name, one in heard.items():
-        first = one.parts[0]
-        alike.setdefault((first.shape, first.device, id(one.mask)), []).append(name)
-    found = {}
+    for name, (first, *_) in found.items():
+        if first.dim() > 1:
+            kind = first.shape, first.device, id(heard[name].mask)
+            alike.setdefault(kind, []).append(name)
     for names in alike.values():
         parts, mask = heard[names[0]]
-        if parts[0].dim() == 1:
-            found.update({name: heard[name].parts for name in names})
-            continue
-        stacked = torch.stack([part for name in names for part in heard[name].parts])
+        stacked = torch.stack([part for name in names for part in found[name]])
         reduced = over_positions(stacked, mask, reduction).unbind()
         for i, name in enumerate(names):
             found[name] = reduced[i * len(parts) : (i + 1) * len(parts)]
-    return {name: LayerComponents(*found[name]) for name in heard}
+    return found
 
 
-@contextlib.contextmanager
-def listening(
-    model: nn.Module,
-    modules: Mapping[str, nn.Module],
-    hear: Callable[[str, nn.Module, object], None],
-    begin_forward: Callable[[], None],
-) -> Iterator[None]:
-    """Calls `hear(name, module, output)` after each forward of a module, and changes nothing."""
+class Listening:
+    """A context in which `hear(name, module, output)` is called after each forward of a module.
 
-    def hook_of(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        return lambda module, _, output: hear(name, module, output)
+    Args:
+        model: `begin_forward()` is called before each forward of it.
+        modules: that are heard, by name.
+        hear: changes nothing.
+        begin_forward: likewise.
+    """
 
-    with contextlib.ExitStack() as stack:
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Mapping[str, nn.Module],
+        hear: Callable[[str, nn.Module, object], None],
+        begin_forward: Callable[[], None],
+    ) -> None:
+        self._key = next(_KEYS)
+        self._hooks: list[tuple[dict[int, Any], Callable[..., None]]] = [
+            (model._forward_pre_hooks, lambda *_: begin_forward())
+        ]
         for name, module in modules.items():
-            stack.callback(module.register_forward_hook(hook_of(name)).remove)
-        stack.callback(model.register_forward_pre_hook(lambda *_: begin_forward()).remove)
-        yield
+            self._hooks.append((module._forward_hooks, _hook(name, hear)))
+
+    def __enter__(self) -> None:
+        for place, hook in self._hooks:
+            place[self._key] = hook
+
+    def __exit__(self, *_: object) -> None:
+        for place, _hook in self._hooks:
+            place.pop(self._key, None)
 
 
-def joined(forwards: list[dict[str, LayerComponents]]) -> dict[str, LayerComponents]:
-    """The components of all samples of some forwards, at least one."""
+# What `register_forward_hook` costs for each layer is a good part of what a short look costs at
+# all. Its keys count from 0 up.
+_KEYS = itertools.count(-1, -1)
+
+
+def _hook(name: str, hear: Callable[[str, nn.Module, object], None]) -> Callable[..., None]:
+    return lambda module, _, output: hear(name, module, output)
+
+
+def joined(forwards: list[dict[str, Parts]]) -> dict[str, Parts]:
+    """The parts of all samples of some forwards, at least one."""
     if len(forwards) == 1:
         return forwards[0]
-    return {name: _joined([forward[name] for forward in forwards]) for name in forwards[0]}
-
-
-def _joined(parts: list[LayerComponents]) -> LayerComponents:
-    def all_of(each: list[Tensor | None]) -> Tensor | None:
-        known = [part for part in each if part is not None]
-        return torch.cat(known) if known else None
-
-    return LayerComponents(
-        torch.cat([one.distance for one in parts]),
-        all_of([one.length for one in parts]),
-        all_of([one.entropy for one in parts]),
-    )
+    return {
+        name: tuple(map(torch.cat, zip(*(forward[name] for forward in forwards), strict=True)))
+        for name in forwards[0]
+    }

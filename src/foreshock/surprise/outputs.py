@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def are_rows(output: object, module: nn.Module, has_positions: bool) -> TypeGuard[Tensor]:
+    """Whether an output is (N, D), or with positions (N, P, D), as it lies: `rows_of` in short."""
+    if type(output) is not Tensor or isinstance(module, _CONVOLUTIONS) or output.is_nested:
+        return False
+    dims = output.dim()
+    return dims == 2 or (dims == 3 and has_positions)
 
 
 def rows_of(

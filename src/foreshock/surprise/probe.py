@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,10 +14,10 @@ from foreshock.surprise import probe_file
 from foreshock.surprise.calibration import EmpiricalPercentileCalibrator
 from foreshock.surprise.derived import Derived
 from foreshock.surprise.layer_codes import LayerCodes
-from foreshock.surprise.listener import Listener, Reading, listening
+from foreshock.surprise.listener import Listener, Listening, Reading
 from foreshock.surprise.model_input import device_of, read_batch
 from foreshock.surprise.outputs import evaluating
-from foreshock.surprise.scores import LayerComponents, Surprise
+from foreshock.surprise.scores import ByLayer, LayerComponents, Parts, Surprise
 
 
 class SurpriseProbe(nn.Module):
@@ -96,8 +96,7 @@ class SurpriseProbe(nn.Module):
             batch.run(self.model)
         return seen.surprise()
 
-    @contextlib.contextmanager
-    def watch(self, mask: Tensor | None = None, components: bool = False) -> Iterator[Watch]:
+    def watch(self, mask: Tensor | None = None, components: bool = False) -> Watch:
         """Listens to forwards that are run meanwhile, however they are run.
 
         Every call of the model itself brings further samples; calls of its parts without it count
@@ -116,24 +115,25 @@ class SurpriseProbe(nn.Module):
             `components` N K exponentials; nothing waits for a device. Without a watch nothing: no
             hook is left.
         """
-        model, modules = self._watched
         mask = None if mask is None else mask.bool()
         listener = Listener(self.codes, self.reading, mask, components)
-        with listening(model, modules, listener.hear, listener.begin_forward):
-            yield Watch(self, listener)
+        listening = Listening(*self._watched, listener.hear, listener.begin_forward)
+        return Watch(self, listener, listening)
 
-    def judge(self, components: Mapping[str, LayerComponents]) -> Surprise:
+    def judge(self, parts: Mapping[str, Parts]) -> Surprise:
         """The surprise of samples from what the layers' codes make of them.
 
         Args:
-            components: by layer.
+            parts: by layer, D, or D, L and H, (N,) each.
         """
         codes = self.codes
         names = [one.name for one in codes]
-        z_LN = standardised(codes, components, self._scale.of(*scales(codes)))
+        z_LN = standardised([parts[name][0] for name in names], self._scale.of(*scales(codes)))
         score = self.reading.aggregate_rows(z_LN, names)
-        per_layer = dict(zip(names, z_LN.unbind(), strict=True))
         percentile, is_ood = self.calibrator.judge(score)
+        each = [parts[name] for name in names]
+        components = ByLayer(names, functools.partial(_components_of, each))
+        per_layer = ByLayer(names, z_LN.__getitem__)
         return Surprise(score, percentile, per_layer, is_ood, components)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -179,11 +179,19 @@ class SurpriseProbe(nn.Module):
 
 
 class Watch:
-    """What a probe has seen so far."""
+    """A context in which a probe listens, and what it has seen so far."""
 
-    def __init__(self, probe: SurpriseProbe, listener: Listener) -> None:
+    def __init__(self, probe: SurpriseProbe, listener: Listener, listening: Listening) -> None:
         self._probe = probe
         self._listener = listener
+        self._listening = listening
+
+    def __enter__(self) -> Watch:
+        self._listening.__enter__()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._listening.__exit__(*raised)
 
     @property
     def is_empty(self) -> bool:
@@ -197,7 +205,7 @@ class Watch:
             TypeError, ValueError: what was seen cannot be judged; naming the layer.
             RuntimeError: nothing was seen.
         """
-        return self._probe.judge(self._listener.components())
+        return self._probe.judge(self._listener.parts())
 
 
 def scales(codes: list[LayerCodes]) -> list[Tensor]:
@@ -211,15 +219,16 @@ def scale_of(*scales: Tensor) -> Tensor:
     return torch.stack([scale.to(scales[0].device) for scale in scales]).view(2, -1, 1)
 
 
-def standardised(
-    codes: list[LayerCodes], components: Mapping[str, LayerComponents], scale: Tensor
-) -> Tensor:
+def standardised(distances: list[Tensor], scale: Tensor) -> Tensor:
     """(L, N), on the device of the scale: what is aggregated; NaN where D is not finite."""
-    distances = [components[one.name].distance.to(scale.device) for one in codes]
-    distance_LN = torch.stack(distances)
+    distance_LN = torch.stack([distance.to(scale.device) for distance in distances])
     location_L1, spread_L1 = scale
-    z_LN: Tensor = (distance_LN - location_L1) / spread_L1
+    z_LN: Tensor = (distance_LN - location_L1).div_(spread_L1)
     return z_LN.add_(distance_LN.sub_(distance_LN))  # 0, or NaN where D is not finite
+
+
+def _components_of(parts: list[Parts], layer: int) -> LayerComponents:
+    return LayerComponents(*parts[layer])
 
 
 def _modules_of(model: nn.Module, codes: list[LayerCodes]) -> dict[str, nn.Module]:

@@ -3,9 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 from torch import Tensor
+
+Item = TypeVar("Item")
+
+
+class ByLayer(Mapping[str, Item]):
+    """Something of each layer, made when it is looked at.
+
+    Args:
+        names: of the layers.
+        make: of the layer's place among them.
+    """
+
+    def __init__(self, names: Sequence[str], make: Callable[[int], Item]) -> None:
+        self._names = names
+        self._make = make
+
+    def __getitem__(self, name: str) -> Item:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._make(self._names.index(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+Parts = tuple[Tensor, ...]
+"""D, or D, L and H, of one layer."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -106,6 +106,8 @@ class SoftAssigner:
         Args, Raises:
             As for a call.
         """
+        if isinstance(x, Tensor) and (found := self._bound.quick_distance(x)) is not None:
+            return found
         distance = self._bound.distance(self._rows(x))
         return distance if x.dim() == 2 else distance.view(x.shape[:-1])
 

@@ -110,8 +110,20 @@ def backward(
     return grad_x, grad_centers
 
 
-# What a call writes and nobody reads after it; the next call, of any assigner, has it in its cache.
-_scratch: list[Tensor] = []
+# What a call writes and nobody reads after it, with its address and its bytes: the next call, of
+# any assigner, has it in its cache.
+_spare: list[tuple[Tensor, int, int]] = []
+
+
+def _scratch(needed: int) -> tuple[Tensor, int, int]:
+    try:
+        scratch = _spare.pop()  # in one step: another thread gets another one
+    except IndexError:
+        scratch = torch.empty(0), 0, -1
+    if scratch[2] < needed:
+        memory = torch.empty(needed, dtype=torch.uint8)
+        return memory, memory.data_ptr(), needed
+    return scratch
 
 
 class Assigner:
@@ -141,7 +153,10 @@ class Assigner:
             eps,
             self._plan,
         )
-        self._kernel = getattr(kernels, f"soft_assign_assign_{isa}")
+        self._assign = getattr(kernels, f"soft_assign_assign_{isa}")
+        self._measure = getattr(kernels, f"soft_assign_measure_{isa}")
+        exchange = torch.Tensor.__dlpack_c_exchange_api__
+        self._reader = kernels.RowsReader(exchange, torch.Tensor, inputs, self._plan)
         self._thread_count = kernels.thread_count
         self._task_bytes = kernels.soft_assign_task_bytes(self._plan)
         self._dtype, self._features = centers.dtype, features
@@ -149,50 +164,47 @@ class Assigner:
         self._work_of_distance = mapping + codes * features
         self._work_of_code = self._work_of_distance + codes * _EXPONENTIAL
 
+    def quick_distance(self, x: Tensor) -> Tensor | None:
+        """(...): what `distance` gives of x (..., D), if x can be read in place; else None."""
+        distance = torch.empty(x.shape[:-1], dtype=self._dtype)
+        rows = distance.numel()
+        tasks = _tasks(rows, self._work_of_distance, self._thread_count())
+        scratch = _scratch(tasks * self._task_bytes)
+        is_done = self._measure(self._reader, x, rows, tasks, scratch[1], distance.data_ptr())
+        _spare.append(scratch)
+        return distance if is_done else None
+
     def distance(self, x_ND: Tensor) -> Tensor:
         """See `BoundAssigner`."""
-        rows = x_ND.shape[0]
-        distance = torch.empty(rows, dtype=self._dtype)
-        self._run(x_ND, rows, self._work_of_distance, 0, distance.data_ptr(), 0)
+        distance = torch.empty(len(x_ND), dtype=self._dtype)
+        self._run(x_ND, self._work_of_distance, 0, distance.data_ptr(), 0)
         return distance
 
     def assign(self, x_ND: Tensor, is_mapped_wanted: bool) -> Assignment:
         """See `BoundAssigner`."""
-        rows = x_ND.shape[0]
+        rows = len(x_ND)
         best = torch.empty(rows, dtype=torch.int64)
         scalars = torch.empty(3, rows, dtype=self._dtype)
         mapped = torch.empty(rows, self._features, dtype=self._dtype) if is_mapped_wanted else None
-        places = (best, scalars, mapped)
-        self._run(
-            x_ND,
-            rows,
-            self._work_of_code,
-            *(0 if place is None else place.data_ptr() for place in places),
-        )
+        to_mapped = 0 if mapped is None else mapped.data_ptr()
+        self._run(x_ND, self._work_of_code, best.data_ptr(), scalars.data_ptr(), to_mapped)
         distance, length, entropy = scalars.unbind()
         return Assignment(best, distance, length, entropy, mapped)
 
-    def _run(
-        self, x_ND: Tensor, rows: int, work: int, best: int, scalars: int, mapped: int
-    ) -> None:
+    def _run(self, x_ND: Tensor, work: int, best: int, scalars: int, mapped: int) -> None:
+        rows = len(x_ND)
         tasks = _tasks(rows, work, self._thread_count())
-        needed = tasks * self._task_bytes
-        try:
-            scratch = _scratch.pop()  # in one step: another thread gets another one
-        except IndexError:
-            scratch = torch.empty(needed, dtype=torch.uint8)
-        if scratch.numel() < needed:
-            scratch = torch.empty(needed, dtype=torch.uint8)
-        self._kernel(
+        scratch = _scratch(tasks * self._task_bytes)
+        self._assign(
             self._plan,
             x_ND.data_ptr(),
             DTYPE_CODES[x_ND.dtype],
             rows,
             x_ND.stride(0),
             tasks,
-            scratch.data_ptr(),
+            scratch[1],
             best,
             scalars,
             mapped,
         )
-        _scratch.append(scratch)
+        _spare.append(scratch)

@@ -43,6 +43,9 @@ class Assignment(NamedTuple):
 class BoundAssigner(Protocol):
     """An implementation with the frame it was bound to. Rows are (N, D), their features dense."""
 
+    def quick_distance(self, x: Tensor) -> Tensor | None:
+        """(...): the same of x (..., D), if it can be had without a closer look at x."""
+
     def distance(self, x_ND: Tensor) -> Tensor:
         """(N,): the squared distance to the nearest center."""
 

@@ -71,6 +71,9 @@ class Assigner:
     def __init__(self, frame: Frame) -> None:
         self._frame = frame
 
+    def quick_distance(self, x: Tensor) -> None:
+        """There is no quicker way."""
+
     def distance(self, x_ND: Tensor) -> Tensor:
         """See `BoundAssigner`."""
         return self.assign(x_ND, False).distance
