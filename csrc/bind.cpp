@@ -413,21 +413,18 @@ class Registrar {
 
     // A function of a plan and rows becomes one of a RowsReader, any object and how many rows it
     // should have: false says that these are not there to be read in place, and nothing was done.
-    template <class Plan>
-    void of_rows(const char* name,
-                 void (*function)(const Plan*, const void*, std::int64_t, std::int64_t,
-                                  std::int64_t, std::int64_t, void*, void*)) {
-        module_.def((prefix_ + name).c_str(),
-                    [function](const RowsReader& reader, py::handle object, std::int64_t count,
-                               std::int64_t tasks, std::uintptr_t scratch, std::uintptr_t to) {
-                        RowsReader::Rows rows;
-                        if (!reader.find(object, rows) || rows.count != count) return false;
-                        py::gil_scoped_release release;
-                        function(static_cast<const Plan*>(reader.plan()), rows.data, rows.dtype,
-                                 count, rows.stride, tasks, from_plain<void*>(scratch),
-                                 from_plain<void*>(to));
-                        return true;
-                    });
+    template <class Plan, class... Args>
+    void of_rows(const char* name, Status (*function)(const Plan*, const void*, std::int64_t,
+                                                      std::int64_t, std::int64_t, Args...)) {
+        module_.def(
+            (prefix_ + name).c_str(), [function](const RowsReader& reader, py::handle object,
+                                                 std::int64_t count, Plain<Args>... args) {
+                RowsReader::Rows rows;
+                if (!reader.find(object, rows) || rows.count != count) return false;
+                py::gil_scoped_release release;
+                return function(static_cast<const Plan*>(reader.plan()), rows.data, rows.dtype,
+                                count, rows.stride, from_plain<Args>(args)...) == nullptr;
+            });
     }
 
   private:

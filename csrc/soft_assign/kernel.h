@@ -69,8 +69,7 @@ std::int64_t task_bytes(const Plan* plan);
 // `bind` fills a plan: all it is given is of the plan's dtype, the basis with strides. `assign`
 // takes (rows, inputs) of any of the four types, `stride` elements from row to row: `scalars` is
 // (3, rows), distance, length and entropy; where `best` is null (1, rows), the distance alone.
-// `mapped` is null or gets (x - offset) @ basis, (rows, features). `measure` does the same for the
-// distance alone, of rows of a type that it reads.
+// `mapped` is null or gets (x - offset) @ basis, (rows, features).
 #define FORESHOCK_DECLARE(isa)                                                                   \
     namespace isa {                                                                              \
     Status forward(const void* x, const void* centers, std::int64_t x_dtype, std::int64_t rows,  \
@@ -87,8 +86,6 @@ std::int64_t task_bytes(const Plan* plan);
     Status assign(const Plan* plan, const void* x, std::int64_t x_dtype, std::int64_t rows,      \
                   std::int64_t stride, std::int64_t tasks, void* scratch, std::int64_t* best,    \
                   void* scalars, void* mapped);                                                  \
-    void measure(const Plan* plan, const void* x, std::int64_t x_dtype, std::int64_t rows,       \
-                 std::int64_t stride, std::int64_t tasks, void* scratch, void* distance);        \
     }
 FORESHOCK_EACH_ISA(FORESHOCK_DECLARE)
 #undef FORESHOCK_DECLARE
@@ -102,8 +99,7 @@ void register_entry_points(Registrar&& add) {
     add("forward_" #isa, isa::forward);   \
     add("backward_" #isa, isa::backward); \
     add("bind_" #isa, isa::bind);         \
-    add("assign_" #isa, isa::assign);     \
-    add.of_rows("measure_" #isa, isa::measure);
+    add.of_rows("assign_" #isa, isa::assign);
     FORESHOCK_EACH_ISA(FORESHOCK_ADD)
 #undef FORESHOCK_ADD
 }

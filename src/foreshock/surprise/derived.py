@@ -19,13 +19,14 @@ class Derived(Generic[Made]):
     def __init__(self, make: Callable[..., Made]) -> None:
         self._make = make
         self._seen: tuple[Any, ...] = ()
-        self._versions: list[int] = []
+        self._versions: list[tuple[int, int]] = []
         self._made: list[Made] = []
 
     def of(self, *tensors: Any) -> Made:
         """What `make(*tensors)` gives."""
         try:
-            versions = [tensor._version for tensor in tensors]
+            # `module.to` gives a parameter other memory, which is no other version.
+            versions = [(tensor._version, tensor.data_ptr()) for tensor in tensors]
         except RuntimeError:  # tensors of inference mode do not say when they are written to
             return self._make(*tensors)
         if versions != self._versions or not all(map(operator.is_, tensors, self._seen)):

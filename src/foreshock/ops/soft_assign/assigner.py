@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foreshock.ops._tensors import FLOATING_DTYPES, is_plain, local_tensor
+from foreshock.ops._tensors import FLOATING_DTYPES, local_tensor
 from foreshock.ops.soft_assign import register
 from foreshock.ops.soft_assign.checks import check_number
 from foreshock.ops.soft_assign.frame import Assignment, Frame
-
-_DTYPES = frozenset(FLOATING_DTYPES[:4])
 
 
 class SoftAssigner:
@@ -64,10 +62,9 @@ class SoftAssigner:
         _check_shapes(**checked)  # type: ignore[arg-type]
         self._given = checked
         self._settings = {"temperature": float(temperature), "eps": float(eps)}
-        self.refresh()
+        self._bind()
 
-    def refresh(self) -> None:
-        """Takes over what the centers, the offset and the basis are now."""
+    def _bind(self) -> None:
         centers = self._given["centers"]
         assert centers is not None
         dtype = torch.float64 if centers.dtype == torch.float64 else torch.float32
@@ -77,7 +74,15 @@ class SoftAssigner:
                 cast[name] = tensor.contiguous()
         frame = Frame(**cast, **self._settings)  # type: ignore[arg-type]
         self._inputs, self._device = frame.inputs, centers.device
+        self._is_of_copies = any(cast[n] is not t for n, t in self._given.items())
         self._bound = register.bind_assigner(frame)
+
+    def refresh(self) -> None:
+        """Takes over what the centers, the offset and the basis hold now; not during a call."""
+        if self._is_of_copies:
+            self._bind()
+        else:
+            self._bound.refresh()
 
     def __call__(self, x: Tensor, *, return_mapped: bool = False) -> Assignment:
         """The codes of every row.
@@ -90,10 +95,11 @@ class SoftAssigner:
         Raises:
             TypeError, ValueError: naming what x is and what is accepted.
         """
-        x_ND = self._rows(x)
-        code = self._bound.assign(x_ND, return_mapped)
-        if x.dim() == 2:
+        code = self._bound.assign(x, return_mapped) if self._can_look(x) else None
+        if code is not None:
             return code
+        code = self._bound.assign(self._rows(x), return_mapped)
+        assert code is not None
         shape = x.shape[:-1]
         best_index, distance, length, entropy = (part.view(shape) for part in code[:4])
         mapped = code.mapped
@@ -106,23 +112,28 @@ class SoftAssigner:
         Args, Raises:
             As for a call.
         """
-        if isinstance(x, Tensor) and (found := self._bound.quick_distance(x)) is not None:
-            return found
+        distance = self._bound.distance(x) if self._can_look(x) else None
+        if distance is not None:
+            return distance
         distance = self._bound.distance(self._rows(x))
-        return distance if x.dim() == 2 else distance.view(x.shape[:-1])
+        assert distance is not None
+        return distance.view(x.shape[:-1])
+
+    def _can_look(self, x: Tensor) -> bool:
+        return type(x) is Tensor and self._bound.looks_first
 
     def _rows(self, x: Tensor) -> Tensor:
         """(N, D), each of whose rows is dense."""
-        if not (is_plain(x) and x.dtype in _DTYPES and x.layout is torch.strided) or x.is_neg():
-            x = local_tensor(x, FLOATING_DTYPES[:4], "x")
+        x = local_tensor(x, FLOATING_DTYPES[:4], "x")
         if x.dim() == 0 or x.shape[-1] != self._inputs or x.device != self._device:
             raise ValueError(
                 f"x has shape {tuple(x.shape)} on {x.device}; accepted: (..., {self._inputs}) on "
                 f"{self._device}, where the centers are"
             )
-        if x.dim() != 2:
-            x = x.reshape(-1, self._inputs)
-        return x if x.stride(1) == 1 or self._inputs == 1 else x.contiguous()
+        x_ND = x.detach().as_subclass(Tensor).reshape(-1, self._inputs)
+        if self._inputs == 1:  # one number is dense whatever its stride
+            return x_ND.reshape(-1).unsqueeze(1)
+        return x_ND if x_ND.stride(1) == 1 else x_ND.contiguous()
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[dict[str, Any]]]:
         # What is laid out lies at an address; a copy is bound to its own.

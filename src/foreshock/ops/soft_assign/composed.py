@@ -13,12 +13,14 @@ from foreshock.ops.soft_assign.frame import Assignment, Frame
 class Assigner:
     """Where no kernel takes rows through a basis; the arguments are those of a `Frame`."""
 
+    looks_first = False
+
     def __init__(self, frame: Frame, module: ModuleType) -> None:
         self._frame = frame
         self._forward = module.forward
 
-    def quick_distance(self, x: Tensor) -> None:
-        """There is no quicker way."""
+    def refresh(self) -> None:
+        """Nothing was laid out."""
 
     def distance(self, x_ND: Tensor) -> Tensor:
         """See `BoundAssigner`."""

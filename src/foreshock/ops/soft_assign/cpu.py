@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -129,82 +130,63 @@ def _scratch(needed: int) -> tuple[Tensor, int, int]:
 class Assigner:
     """A plan (csrc/soft_assign/kernel.h) of what a frame was when it was bound."""
 
+    looks_first = True
+
     def __init__(self, frame: Frame, *, isa: str | None = None) -> None:
         kernels = load_kernels()
         if isinstance(kernels, str):
             raise RuntimeError(kernels)
-        centers, offset, basis, temperature, eps = frame
-        dtype = DTYPE_CODES[centers.dtype]
+        centers, basis = frame.centers, frame.basis
         (codes, features), inputs = centers.shape, frame.inputs
+        shape = DTYPE_CODES[centers.dtype], codes, features, inputs
         isa = isa or active_isa()
-        plan_bytes = kernels.soft_assign_plan_bytes(dtype, codes, features, inputs)
-        self._memory = torch.empty(plan_bytes, dtype=torch.uint8)
-        self._plan = self._memory.data_ptr()
-        getattr(kernels, f"soft_assign_bind_{isa}")(
-            centers.data_ptr(),
-            0 if offset is None else offset.data_ptr(),
-            0 if basis is None else basis.data_ptr(),
-            *((0, 0) if basis is None else basis.stride()),
-            dtype,
-            codes,
-            features,
-            inputs,
-            temperature,
-            eps,
-            self._plan,
-        )
+        self._memory = torch.empty(kernels.soft_assign_plan_bytes(*shape), dtype=torch.uint8)
+        plan = self._memory.data_ptr()
+        places = (0 if tensor is None else tensor.data_ptr() for tensor in frame[:3])
+        strides = (0, 0) if basis is None else basis.stride()
+        bind = getattr(kernels, f"soft_assign_bind_{isa}")
+        # Lays out what the frame's tensors hold now.
+        numbers = frame.temperature, frame.eps
+        self.refresh = functools.partial(bind, *places, *strides, *shape, *numbers, plan)
+        self.refresh()
+        self._frame = frame
         self._assign = getattr(kernels, f"soft_assign_assign_{isa}")
-        self._measure = getattr(kernels, f"soft_assign_measure_{isa}")
         exchange = torch.Tensor.__dlpack_c_exchange_api__
-        self._reader = kernels.RowsReader(exchange, torch.Tensor, inputs, self._plan)
+        self._reader = kernels.RowsReader(exchange, torch.Tensor, inputs, plan)
         self._thread_count = kernels.thread_count
-        self._task_bytes = kernels.soft_assign_task_bytes(self._plan)
+        self._task_bytes = kernels.soft_assign_task_bytes(plan)
         self._dtype, self._features = centers.dtype, features
         mapping = 0 if basis is None else inputs * features
         self._work_of_distance = mapping + codes * features
         self._work_of_code = self._work_of_distance + codes * _EXPONENTIAL
 
-    def quick_distance(self, x: Tensor) -> Tensor | None:
-        """(...): what `distance` gives of x (..., D), if x can be read in place; else None."""
+    def distance(self, x: Tensor) -> Tensor | None:
+        """See `BoundAssigner`."""
         distance = torch.empty(x.shape[:-1], dtype=self._dtype)
         rows = distance.numel()
-        tasks = _tasks(rows, self._work_of_distance, self._thread_count())
-        scratch = _scratch(tasks * self._task_bytes)
-        is_done = self._measure(self._reader, x, rows, tasks, scratch[1], distance.data_ptr())
-        _spare.append(scratch)
+        is_done = self._run(x, rows, self._work_of_distance, 0, distance.data_ptr(), 0)
         return distance if is_done else None
 
-    def distance(self, x_ND: Tensor) -> Tensor:
+    def assign(self, x: Tensor, is_mapped_wanted: bool) -> Assignment | None:
         """See `BoundAssigner`."""
-        distance = torch.empty(len(x_ND), dtype=self._dtype)
-        self._run(x_ND, self._work_of_distance, 0, distance.data_ptr(), 0)
-        return distance
-
-    def assign(self, x_ND: Tensor, is_mapped_wanted: bool) -> Assignment:
-        """See `BoundAssigner`."""
-        rows = len(x_ND)
-        best = torch.empty(rows, dtype=torch.int64)
-        scalars = torch.empty(3, rows, dtype=self._dtype)
-        mapped = torch.empty(rows, self._features, dtype=self._dtype) if is_mapped_wanted else None
+        shape = x.shape[:-1]
+        best = torch.empty(shape, dtype=torch.int64)
+        scalars = torch.empty(3, *shape, dtype=self._dtype)
+        mapped = (
+            torch.empty(*shape, self._features, dtype=self._dtype) if is_mapped_wanted else None
+        )
         to_mapped = 0 if mapped is None else mapped.data_ptr()
-        self._run(x_ND, self._work_of_code, best.data_ptr(), scalars.data_ptr(), to_mapped)
+        to = best.data_ptr(), scalars.data_ptr(), to_mapped
+        if not self._run(x, best.numel(), self._work_of_code, *to):
+            return None
         distance, length, entropy = scalars.unbind()
         return Assignment(best, distance, length, entropy, mapped)
 
-    def _run(self, x_ND: Tensor, work: int, best: int, scalars: int, mapped: int) -> None:
-        rows = len(x_ND)
+    def _run(self, x: Tensor, rows: int, work: int, best: int, scalars: int, mapped: int) -> bool:
         tasks = _tasks(rows, work, self._thread_count())
         scratch = _scratch(tasks * self._task_bytes)
-        self._assign(
-            self._plan,
-            x_ND.data_ptr(),
-            DTYPE_CODES[x_ND.dtype],
-            rows,
-            x_ND.stride(0),
-            tasks,
-            scratch[1],
-            best,
-            scalars,
-            mapped,
+        is_done: bool = self._assign(
+            self._reader, x, rows, tasks, scratch[1], best, scalars, mapped
         )
         _spare.append(scratch)
+        return is_done

@@ -41,13 +41,18 @@ class Assignment(NamedTuple):
 
 
 class BoundAssigner(Protocol):
-    """An implementation with the frame it was bound to. Rows are (N, D), their features dense."""
+    """An implementation with the frame it was bound to."""
 
-    def quick_distance(self, x: Tensor) -> Tensor | None:
-        """(...): the same of x (..., D), if it can be had without a closer look at x."""
+    @property
+    def looks_first(self) -> bool:
+        """Whether x may be anything: the answer is None where it cannot be read as it lies.
+        Otherwise x has to be (N, D) with dense rows, of a type that the op takes."""
 
-    def distance(self, x_ND: Tensor) -> Tensor:
-        """(N,): the squared distance to the nearest center."""
+    def refresh(self) -> None:
+        """Takes over what the frame's tensors hold now."""
 
-    def assign(self, x_ND: Tensor, is_mapped_wanted: bool) -> Assignment:
+    def distance(self, x: Tensor) -> Tensor | None:
+        """(...): the squared distance of x (..., D) to the nearest center."""
+
+    def assign(self, x: Tensor, is_mapped_wanted: bool) -> Assignment | None:
         """All of it."""

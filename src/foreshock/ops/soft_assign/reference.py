@@ -20,9 +20,9 @@ def why_unavailable(device_type: str) -> str | None:
 
 
 def blocks(rows: int, codes: int) -> Iterator[slice]:
-    """Rows that are worked on at a time."""
+    """Rows that are worked on at a time; of none, one block of none."""
     step = max(1, _ELEMENTS // codes)
-    return (slice(begin, begin + step) for begin in range(0, rows, step))
+    return (slice(begin, begin + step) for begin in range(0, max(1, rows), step))
 
 
 def squared_distances(x_ND: Tensor, centers_KD: Tensor) -> Tensor:
@@ -68,11 +68,13 @@ def forward(x_ND: Tensor, centers_KD: Tensor, temperature: float, eps: float) ->
 class Assigner:
     """z = (x - offset) @ basis and its codes, through float64."""
 
+    looks_first = False
+
     def __init__(self, frame: Frame) -> None:
         self._frame = frame
 
-    def quick_distance(self, x: Tensor) -> None:
-        """There is no quicker way."""
+    def refresh(self) -> None:
+        """Nothing was laid out."""
 
     def distance(self, x_ND: Tensor) -> Tensor:
         """See `BoundAssigner`."""
