@@ -565,28 +565,32 @@ struct Backward {
 
 constexpr Status kUnread = "soft_assign: x is of an element type that the kernel does not read";
 
+template <class Item, class T>
+void read_as(Rows<T>& rows) {
+    rows.item_bytes = sizeof(Item);
+    rows.take_block = take_block<T, Item>;
+}
+
 // How rows of some element type are read; false if they are not.
 template <class T>
 bool find_rows(const void* x, int64_t dtype, int64_t stride, const T* offset, Rows<T>& found) {
     found = {x, 0, stride, offset, nullptr};
     switch (static_cast<Dtype>(dtype)) {
         case Dtype::float64:
-            found.take_block = take_block<T, double>;
-            break;
+            read_as<double>(found);
+            return true;
         case Dtype::float32:
-            found.take_block = take_block<T, float>;
-            break;
+            read_as<float>(found);
+            return true;
         case Dtype::bfloat16:
-            found.take_block = take_block<T, Bfloat16>;
-            break;
+            read_as<Bfloat16>(found);
+            return true;
         case Dtype::float16:
-            found.take_block = take_block<T, Float16>;
-            break;
+            read_as<Float16>(found);
+            return true;
         default:
             return false;
     }
-    found.item_bytes = kItemBytes[dtype];
-    return true;
 }
 
 bool is_double(int64_t dtype) { return static_cast<Dtype>(dtype) == Dtype::float64; }
