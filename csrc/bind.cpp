@@ -166,6 +166,7 @@ class TensorTable {
 
   private:
     friend class VectorReader;
+    friend class RowsReader;
     using Reader = int (*)(void*, dlpack::Tensor*);
 
     bool take_addresses(const py::list& tensors) {
@@ -309,6 +310,57 @@ class VectorReader {
     const void* plan_;
 };
 
+// Looks where rows lie that are others at each call, for the kernel of some plan.
+class RowsReader {
+  public:
+    struct Rows {
+        const void* data;
+        std::int64_t dtype;
+        std::int64_t count;
+        std::int64_t stride;
+    };
+
+    RowsReader(const py::capsule& exchange_api, py::type tensor_type, std::int64_t features,
+               std::uintptr_t plan)
+        : read_(TensorTable::reader(exchange_api)),
+          tensor_type_(std::move(tensor_type)),
+          features_(features),
+          plan_(from_plain<const void*>(plan)) {}
+
+    // False if this is not (N, D) or (N, P, D) in host memory, of floating-point numbers that
+    // follow each other in a row, and of rows that are equally far apart. A lazy negation is none,
+    // as in VectorReader.
+    bool find(py::handle object, Rows& rows) const {
+        if (reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) != tensor_type_.ptr()) return false;
+        dlpack::Tensor tensor;
+        if (read_(object.ptr(), &tensor) != 0) {
+            PyErr_Clear();  // who asks will look more closely, and say what is wrong
+            return false;
+        }
+        const bool is_float = tensor.type_code == dlpack::kFloat && tensor.type_bits >= 16;
+        const std::int32_t last = tensor.ndim - 1;
+        if (tensor.device_type != dlpack::kCpu ||
+            !(is_float || tensor.type_code == dlpack::kBfloat) || last < 1 || last > 2 ||
+            tensor.shape[last] != features_ || tensor.strides[last] != 1) {
+            return false;
+        }
+        rows = {TensorTable::data_of(tensor), static_cast<std::int64_t>(dtype_of(tensor)),
+                tensor.shape[0], tensor.strides[0]};
+        if (last == 1) return true;
+        rows.count *= tensor.shape[1];
+        rows.stride = tensor.strides[1];
+        return tensor.strides[0] == tensor.shape[1] * tensor.strides[1];
+    }
+
+    const void* plan() const { return plan_; }
+
+  private:
+    TensorTable::Reader read_;
+    py::type tensor_type_;
+    std::int64_t features_;
+    const void* plan_;
+};
+
 // Gives an op's entry points to Python as functions named <op>_<entry point>; the GIL is released
 // in them, and a Status that is not done becomes a RuntimeError.
 class Registrar {
@@ -359,6 +411,22 @@ class Registrar {
                     });
     }
 
+    // A function of a plan and rows becomes one of a RowsReader, any object and how many rows it
+    // should have: false says that these are not there to be read in place, and nothing was done.
+    template <class Plan, class... Args>
+    void of_rows(const char* name, Status (*function)(const Plan*, const void*, std::int64_t,
+                                                      std::int64_t, std::int64_t, Args...)) {
+        module_.def(
+            (prefix_ + name).c_str(), [function](const RowsReader& reader, py::handle object,
+                                                 std::int64_t count, Plain<Args>... args) {
+                RowsReader::Rows rows;
+                if (!reader.find(object, rows) || rows.count != count) return false;
+                py::gil_scoped_release release;
+                return function(static_cast<const Plan*>(reader.plan()), rows.data, rows.dtype,
+                                count, rows.stride, from_plain<Args>(args)...) == nullptr;
+            });
+    }
+
   private:
     py::module_& module_;
     std::string prefix_;
@@ -400,6 +468,9 @@ PYBIND11_MODULE(_kernels, m) {
         .def(py::init<const py::capsule&, py::type, std::int64_t, int, std::uintptr_t>(),
              py::arg("exchange_api"), py::arg("tensor_type"), py::arg("numel"),
              py::arg("type_bits"), py::arg("plan"));
+    py::class_<RowsReader>(m, "RowsReader", "Looks where rows of one kind lie.")
+        .def(py::init<const py::capsule&, py::type, std::int64_t, std::uintptr_t>(),
+             py::arg("exchange_api"), py::arg("tensor_type"), py::arg("features"), py::arg("plan"));
 
     health_scan::register_entry_points(Registrar(m, "health_scan"));
     power_iteration::register_entry_points(Registrar(m, "power_iteration"));

@@ -9,6 +9,7 @@
 #include "common/threads.h"
 #include "soft_assign/functions.h"
 #include "soft_assign/kernel.h"
+#include "soft_assign/rows.h"
 
 namespace foreshock::soft_assign::FORESHOCK_ISA {
 namespace {
@@ -58,23 +59,6 @@ void pack(const T* centers, const Shape& shape, T* packed) {
                     *packed++ = code < shape.codes ? centers[code * shape.features + d] : 0;
                 }
             }
-        }
-    }
-}
-
-// A block of rows, (features / kFeatureBlock, kBlockRows, kRowWidth), with features filled up with
-// 0 to a full line. The distance between rows is then known when this is compiled.
-template <class T, class Item>
-void take_rows(const Item* x, int64_t count, const Shape& shape, T* rows) {
-    for (int64_t begin = 0; begin < shape.features; begin += kFeatureBlock) {
-        const int64_t left = shape.features - begin;
-        const int64_t features = left < kFeatureBlock ? left : kFeatureBlock;
-        const int64_t filled = full_lines(features, sizeof(T));
-        for (int64_t r = 0; r < count; ++r) {
-            T* to = rows + begin * kBlockRows * kRowWidth / kFeatureBlock + r * kRowWidth;
-            const Item* from = x + r * shape.features + begin;
-            for (int64_t d = 0; d < features; ++d) to[d] = static_cast<T>(from[d]);
-            for (int64_t d = features; d < filled; ++d) to[d] = 0;
         }
     }
 }
@@ -187,6 +171,23 @@ T find_inverse(double temperature) {
     return static_cast<T>(inverse > kMost ? kMost : inverse < 1 / kMost ? 1 / kMost : inverse);
 }
 
+// The least of the squared distances of a row; NaN if there is one among them.
+template <class T>
+T find_distance(T* d2, const Shape& shape) {
+    for (int64_t k = shape.codes; k < shape.padded; ++k) d2[k] = static_cast<T>(kInfinity);
+    Vector<T> least = load(d2);
+    auto is_nan = least != least;
+    for (int64_t k = kLanes<T>; k < shape.padded; k += kLanes<T>) {
+        const Vector<T> here = load(d2 + k);
+        is_nan |= here != here;
+        least = here < least ? here : least;
+    }
+    // Below every square, so that no comparison passes it by.
+    const Vector<T> marked = is_nan ? Vector<T>{} - 1 : least;
+    const T found = least_lane<T>(marked);
+    return found < 0 ? static_cast<T>(kNaN) : found;
+}
+
 // Replaces the squared distances d2 by e^t, and stores t if there is a place for it.
 template <bool kHasExponents, class T>
 Summary summarise(T* d2, const Shape& shape, T inverse_temperature, T* exponents) {
@@ -251,24 +252,63 @@ void take_logarithms(const double* x, int64_t count, double* logarithms) {
     }
 }
 
-template <class T, class Item>
+// Where answers go; what is null is not wanted.
+template <class T>
+struct Answers {
+    int64_t* best;
+    T* distance;
+    T* length;
+    T* entropy;
+    T* log_normaliser;
+    T* mapped;  // (rows, features)
+};
+
+template <class T>
 struct Forward {
     Shape shape;
-    const Item* x;
+    Rows<T> x;
+    Basis<T> basis;
     const T* packed;
     T* scratch;
     double temperature;
     double eps;
-    int64_t* best;
-    T* scalars;
+    Answers<T> to;
 
-    static int64_t task_items(const Shape& shape) {
-        return row_items(shape.features) + kBlockRows * shape.stride;
+    int64_t task_items() const {
+        const int64_t taken = basis.items == nullptr ? 0 : kBlockRows * kRowWidth;
+        return taken + row_items(shape.features) + kBlockRows * shape.stride;
     }
 
     void take(int64_t row, int64_t count, T* rows, T* distances) const {
-        take_rows(x + row * shape.features, count, shape, rows);
+        if (basis.items == nullptr) {
+            x.take_all(row, count, shape.features, rows);
+        } else {
+            map_rows(x, row, count, basis, distances + kBlockRows * shape.stride, rows);
+        }
+        if (to.mapped != nullptr) put_mapped(row, count, rows);
         find_distances(rows, count, packed, shape, distances);
+        if (to.length != nullptr) {
+            put_codes(row, count, distances);
+            return;
+        }
+        for (int64_t r = 0; r < count; ++r) {
+            to.distance[row + r] = find_distance(distances + r * shape.stride, shape);
+        }
+    }
+
+    void put_mapped(int64_t row, int64_t count, const T* rows) const {
+        for (int64_t begin = 0; begin < shape.features; begin += kFeatureBlock) {
+            const int64_t left = shape.features - begin;
+            const int64_t features = left < kFeatureBlock ? left : kFeatureBlock;
+            for (int64_t r = 0; r < count; ++r) {
+                std::memcpy(to.mapped + (row + r) * shape.features + begin, rows + r * kRowWidth,
+                            static_cast<size_t>(features) * sizeof(T));
+            }
+            rows += kBlockRows * kRowWidth;
+        }
+    }
+
+    void put_codes(int64_t row, int64_t count, T* distances) const {
         double distance[kBlockRows], weighted[kBlockRows], felt[kBlockRows];
         double sum[kBlockRows], p_best[kBlockRows], log_sum[kBlockRows], length[kBlockRows];
         const T inverse = find_inverse<T>(temperature);
@@ -277,7 +317,7 @@ struct Forward {
         for (int64_t r = 0; r < count; ++r) {
             T* e = distances + r * shape.stride;
             const Summary found = summarise<false, T>(e, shape, inverse, nullptr);
-            best[row + r] = found.best;
+            to.best[row + r] = found.best;
             distance[r] = found.distance;
             sum[r] = found.sum;
             weighted[r] = found.weighted;
@@ -289,22 +329,22 @@ struct Forward {
         }
         take_logarithms(sum, count, log_sum);
         take_logarithms(p_best, count, length);
-        T* to = scalars + row;
         for (int64_t r = 0; r < count; ++r) {
             const bool is_nan = !(sum[r] == sum[r]);
             const double entropy =
                 feels_eps && !is_nan ? -felt[r] : log_sum[r] - weighted[r] / sum[r];
-            to[r] = static_cast<T>(distance[r]);
-            to[shape.rows + r] = static_cast<T>(-length[r]);
-            to[2 * shape.rows + r] = static_cast<T>(entropy);
-            to[3 * shape.rows + r] = static_cast<T>(log_sum[r] - distance[r] / temperature);
+            to.distance[row + r] = static_cast<T>(distance[r]);
+            to.length[row + r] = static_cast<T>(-length[r]);
+            to.entropy[row + r] = static_cast<T>(entropy);
+            if (to.log_normaliser == nullptr) continue;
+            to.log_normaliser[row + r] = static_cast<T>(log_sum[r] - distance[r] / temperature);
         }
     }
 
     static void run(void* context, int64_t task) {
         const Forward& self = *static_cast<const Forward*>(context);
         const Shape& shape = self.shape;
-        T* rows = self.scratch + task * task_items(shape);
+        T* rows = self.scratch + task * self.task_items();
         const int64_t end = shape.begin(task + 1);
         for (int64_t row = shape.begin(task); row < end; row += kBlockRows) {
             const int64_t count = end - row < kBlockRows ? end - row : kBlockRows;
@@ -379,10 +419,10 @@ void pull_all(Side<T> to, const Side<T>& from, const T* weights, T* sums, int64_
 // sum of float32 would lose digits.
 constexpr int64_t kCodeBlock = 128;
 
-template <class T, class Item>
+template <class T>
 struct Backward {
     Shape shape;
-    const Item* x;
+    Rows<T> x;
     const T* packed;
     T* centers;  // (features / kLanes, codes, kLanes), filled up with 0
     T* scratch;
@@ -472,7 +512,7 @@ struct Backward {
         T* to_x = rows + row_items(shape.features);
         T* weights = to_x + kBlockRows * shape.width;
         T* slopes = weights + kBlockRows * shape.stride;
-        take_rows(x + row * shape.features, count, shape, rows);
+        x.take_all(row, count, shape.features, rows);
         find_distances(rows, count, packed, shape, weights);
         for (int64_t r = 0; r < count; ++r) weigh(row + r, weights + r * shape.stride, slopes);
         const int64_t items = count * shape.width;
@@ -523,25 +563,130 @@ struct Backward {
     }
 };
 
-// Calls work(T{}, x) with x as what its elements are, T being what is computed in.
-template <class Work>
-Status as_dtype(const void* x, int64_t dtype, Work work) {
+constexpr Status kUnread = "soft_assign: x is of an element type that the kernel does not read";
+
+template <class Item, class T>
+void read_as(Rows<T>& rows) {
+    rows.item_bytes = sizeof(Item);
+    rows.take_block = take_block<T, Item>;
+}
+
+// How rows of some element type are read; false if they are not.
+template <class T>
+bool find_rows(const void* x, int64_t dtype, int64_t stride, const T* offset, Rows<T>& found) {
+    found = {x, 0, stride, offset, nullptr};
     switch (static_cast<Dtype>(dtype)) {
         case Dtype::float64:
-            work(double{}, static_cast<const double*>(x));
-            return nullptr;
+            read_as<double>(found);
+            return true;
         case Dtype::float32:
-            work(float{}, static_cast<const float*>(x));
-            return nullptr;
+            read_as<float>(found);
+            return true;
         case Dtype::bfloat16:
-            work(float{}, static_cast<const Bfloat16*>(x));
-            return nullptr;
+            read_as<Bfloat16>(found);
+            return true;
         case Dtype::float16:
-            work(float{}, static_cast<const Float16*>(x));
-            return nullptr;
+            read_as<Float16>(found);
+            return true;
         default:
-            return "soft_assign: x is of an element type that the kernel does not read";
+            return false;
     }
+}
+
+bool is_double(int64_t dtype) { return static_cast<Dtype>(dtype) == Dtype::float64; }
+
+template <class T>
+Status run_forward(const void* x, const void* centers, int64_t x_dtype, int64_t rows, int64_t codes,
+                   int64_t features, double temperature, double eps, int64_t tasks, void* scratch,
+                   int64_t* best, void* scalars) {
+    Rows<T> read;
+    if (!find_rows<T>(x, x_dtype, features, nullptr, read)) return kUnread;
+    const Shape shape(rows, codes, features, tasks, sizeof(T));
+    T* packed = static_cast<T*>(scratch);
+    pack(static_cast<const T*>(centers), shape, packed);
+    T* of_tasks = packed + shape.padded * features;
+    T* to = static_cast<T*>(scalars);
+    const Answers<T> answers = {best, to, to + rows, to + 2 * rows, to + 3 * rows, nullptr};
+    Forward<T> work{shape, read, {}, packed, of_tasks, temperature, eps, answers};
+    run_tasks(tasks, Forward<T>::run, &work);
+    return nullptr;
+}
+
+template <class T>
+Status run_backward(const void* x, const void* centers, int64_t x_dtype, int64_t rows,
+                    int64_t codes, int64_t features, double temperature, double eps, int64_t tasks,
+                    void* scratch, const void* grads, void* grad_x, void* grad_centers) {
+    using Work = Backward<T>;
+    Rows<T> read;
+    if (!find_rows<T>(x, x_dtype, features, nullptr, read)) return kUnread;
+    const Shape shape(rows, codes, features, tasks, sizeof(T));
+    const T* given = static_cast<const T*>(centers);
+    T* packed = static_cast<T*>(scratch);
+    pack(given, shape, packed);
+    T* panels = packed + shape.padded * features;
+    Work work{shape,
+              read,
+              packed,
+              panels,
+              panels + Work::centers_items(shape),
+              temperature,
+              eps,
+              static_cast<const T*>(grads),
+              static_cast<T*>(grad_x),
+              static_cast<T*>(grad_centers)};
+    const int64_t lanes = work.lanes();
+    work.lay_out(given, lanes);
+    run_tasks(tasks, Work::run, &work);
+    if (grad_centers != nullptr) {
+        run_tasks((features + lanes - 1) / lanes, Work::add_tasks, &work);
+    }
+    return nullptr;
+}
+
+template <class T>
+void fill_plan(Plan& plan, const void* centers, const void* offset, const void* basis,
+               int64_t input_stride, int64_t feature_stride) {
+    T* packed = reinterpret_cast<T*>(reinterpret_cast<char*>(&plan) + kPlanHeaderBytes);
+    const Shape shape(0, plan.codes, plan.features, 1, sizeof(T));
+    pack(static_cast<const T*>(centers), shape, packed);
+    plan.centers = packed;
+    packed += shape.padded * plan.features;
+    if (offset != nullptr) {
+        const size_t bytes = static_cast<size_t>(plan.inputs) * sizeof(T);
+        plan.offset = std::memcpy(packed, offset, bytes);
+    }
+    packed += full_lines(plan.inputs, sizeof(T));
+    if (basis != nullptr) {
+        const Basis<T> to(packed, plan.inputs, plan.features);
+        pack_basis(static_cast<const T*>(basis), input_stride, feature_stride, to, plan.features,
+                   packed);
+        plan.basis = packed;
+    }
+}
+
+template <class T>
+Status run_plan(const Plan& plan, const void* x, int64_t x_dtype, int64_t rows, int64_t stride,
+                int64_t tasks, void* scratch, int64_t* best, void* scalars, void* mapped) {
+    Rows<T> read;
+    if (!find_rows<T>(x, x_dtype, stride, static_cast<const T*>(plan.offset), read)) return kUnread;
+    const Shape shape(rows, plan.codes, plan.features, tasks, sizeof(T));
+    const Basis<T> basis(static_cast<const T*>(plan.basis), plan.inputs, plan.features);
+    T* to = static_cast<T*>(scalars);
+    Answers<T> answers = {best, to, nullptr, nullptr, nullptr, static_cast<T*>(mapped)};
+    if (best != nullptr) {
+        answers.length = to + rows;
+        answers.entropy = to + 2 * rows;
+    }
+    Forward<T> work{shape,
+                    read,
+                    basis,
+                    static_cast<const T*>(plan.centers),
+                    static_cast<T*>(scratch),
+                    plan.temperature,
+                    plan.eps,
+                    answers};
+    run_tasks(tasks, Forward<T>::run, &work);
+    return nullptr;
 }
 
 }  // namespace
@@ -549,48 +694,32 @@ Status as_dtype(const void* x, int64_t dtype, Work work) {
 Status forward(const void* x, const void* centers, int64_t x_dtype, int64_t rows, int64_t codes,
                int64_t features, double temperature, double eps, int64_t tasks, void* scratch,
                int64_t* best, void* scalars) {
-    return as_dtype(x, x_dtype, [=](auto number, const auto* items) {
-        using T = decltype(number);
-        using Item = std::remove_const_t<std::remove_pointer_t<decltype(items)>>;
-        const Shape shape(rows, codes, features, tasks, sizeof(T));
-        T* packed = static_cast<T*>(scratch);
-        pack(static_cast<const T*>(centers), shape, packed);
-        T* of_tasks = packed + shape.padded * features;
-        Forward<T, Item> work{shape,       items, packed, of_tasks,
-                              temperature, eps,   best,   static_cast<T*>(scalars)};
-        run_tasks(tasks, Forward<T, Item>::run, &work);
-    });
+    const auto run = is_double(x_dtype) ? run_forward<double> : run_forward<float>;
+    return run(x, centers, x_dtype, rows, codes, features, temperature, eps, tasks, scratch, best,
+               scalars);
 }
 
 Status backward(const void* x, const void* centers, int64_t x_dtype, int64_t rows, int64_t codes,
                 int64_t features, double temperature, double eps, int64_t tasks, void* scratch,
                 const void* grads, void* grad_x, void* grad_centers) {
-    return as_dtype(x, x_dtype, [=](auto number, const auto* items) {
-        using T = decltype(number);
-        using Item = std::remove_const_t<std::remove_pointer_t<decltype(items)>>;
-        using Work = Backward<T, Item>;
-        const Shape shape(rows, codes, features, tasks, sizeof(T));
-        const T* given = static_cast<const T*>(centers);
-        T* packed = static_cast<T*>(scratch);
-        pack(given, shape, packed);
-        T* panels = packed + shape.padded * features;
-        Work work{shape,
-                  items,
-                  packed,
-                  panels,
-                  panels + Work::centers_items(shape),
-                  temperature,
-                  eps,
-                  static_cast<const T*>(grads),
-                  static_cast<T*>(grad_x),
-                  static_cast<T*>(grad_centers)};
-        const int64_t lanes = work.lanes();
-        work.lay_out(given, lanes);
-        run_tasks(tasks, Work::run, &work);
-        if (grad_centers != nullptr) {
-            run_tasks((features + lanes - 1) / lanes, Work::add_tasks, &work);
-        }
-    });
+    const auto run = is_double(x_dtype) ? run_backward<double> : run_backward<float>;
+    return run(x, centers, x_dtype, rows, codes, features, temperature, eps, tasks, scratch, grads,
+               grad_x, grad_centers);
+}
+
+Status bind(const void* centers, const void* offset, const void* basis, int64_t input_stride,
+            int64_t feature_stride, int64_t dtype, int64_t codes, int64_t features, int64_t inputs,
+            double temperature, double eps, Plan* plan) {
+    *plan = {dtype, codes, features, inputs, temperature, eps, nullptr, nullptr, nullptr};
+    const auto fill = is_double(dtype) ? fill_plan<double> : fill_plan<float>;
+    fill(*plan, centers, offset, basis, input_stride, feature_stride);
+    return nullptr;
+}
+
+Status assign(const Plan* plan, const void* x, int64_t x_dtype, int64_t rows, int64_t stride,
+              int64_t tasks, void* scratch, int64_t* best, void* scalars, void* mapped) {
+    const auto run = is_double(plan->dtype) ? run_plan<double> : run_plan<float>;
+    return run(*plan, x, x_dtype, rows, stride, tasks, scratch, best, scalars, mapped);
 }
 
 }  // namespace foreshock::soft_assign::FORESHOCK_ISA

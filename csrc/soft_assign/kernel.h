@@ -38,12 +38,38 @@ static inline std::int64_t odd_lines(std::int64_t count, std::int64_t item_bytes
 std::int64_t scratch_bytes(std::int64_t x_dtype, std::int64_t codes, std::int64_t features,
                            std::int64_t tasks, std::int64_t is_backward);
 
+// Centers, and what takes rows to where they are, as the kernels of one instruction set read them:
+// packed behind this in the same memory.
+struct Plan {
+    std::int64_t dtype;  // of the centers and of what is computed: float64 or float32
+    std::int64_t codes;
+    std::int64_t features;  // of a center
+    std::int64_t inputs;    // of a row; `features` of them without a basis
+    double temperature;
+    double eps;
+    const void* centers;
+    const void* offset;  // (inputs,), or null
+    const void* basis;   // (inputs, features), or null
+};
+inline constexpr std::int64_t kPlanHeaderBytes = 2 * kLineBytes;
+static_assert(sizeof(Plan) <= kPlanHeaderBytes);
+
+std::int64_t plan_bytes(std::int64_t dtype, std::int64_t codes, std::int64_t features,
+                        std::int64_t inputs);
+// Of scratch for each task of a call.
+std::int64_t task_bytes(const Plan* plan);
+
 // x is (rows, features) of float64, float32, bfloat16 or float16 (`x_dtype`, a Dtype), centers are
 // (codes, features) and everything else is of float64 where x is, of float32 otherwise; all dense.
 // The rows are dealt to `tasks`, each with its part of the scratch.
 //
 // `scalars` is (4, rows): distance, length, entropy and the logarithm of the normaliser. `grads` is
 // (3, rows): of distance, length and entropy. A gradient that is null is not computed.
+//
+// `bind` fills a plan: all it is given is of the plan's dtype, the basis with strides. `assign`
+// takes (rows, inputs) of any of the four types, `stride` elements from row to row: `scalars` is
+// (3, rows), distance, length and entropy; where `best` is null (1, rows), the distance alone.
+// `mapped` is null or gets (x - offset) @ basis, (rows, features).
 #define FORESHOCK_DECLARE(isa)                                                                   \
     namespace isa {                                                                              \
     Status forward(const void* x, const void* centers, std::int64_t x_dtype, std::int64_t rows,  \
@@ -53,6 +79,13 @@ std::int64_t scratch_bytes(std::int64_t x_dtype, std::int64_t codes, std::int64_
                     std::int64_t codes, std::int64_t features, double temperature, double eps,   \
                     std::int64_t tasks, void* scratch, const void* grads, void* grad_x,          \
                     void* grad_centers);                                                         \
+    Status bind(const void* centers, const void* offset, const void* basis,                      \
+                std::int64_t input_stride, std::int64_t feature_stride, std::int64_t dtype,      \
+                std::int64_t codes, std::int64_t features, std::int64_t inputs,                  \
+                double temperature, double eps, Plan* plan);                                     \
+    Status assign(const Plan* plan, const void* x, std::int64_t x_dtype, std::int64_t rows,      \
+                  std::int64_t stride, std::int64_t tasks, void* scratch, std::int64_t* best,    \
+                  void* scalars, void* mapped);                                                  \
     }
 FORESHOCK_EACH_ISA(FORESHOCK_DECLARE)
 #undef FORESHOCK_DECLARE
@@ -60,9 +93,13 @@ FORESHOCK_EACH_ISA(FORESHOCK_DECLARE)
 template <class Registrar>
 void register_entry_points(Registrar&& add) {
     add("scratch_bytes", scratch_bytes);
-#define FORESHOCK_ADD(isa)              \
-    add("forward_" #isa, isa::forward); \
-    add("backward_" #isa, isa::backward);
+    add("plan_bytes", plan_bytes);
+    add("task_bytes", task_bytes);
+#define FORESHOCK_ADD(isa)                \
+    add("forward_" #isa, isa::forward);   \
+    add("backward_" #isa, isa::backward); \
+    add("bind_" #isa, isa::bind);         \
+    add.of_rows("assign_" #isa, isa::assign);
     FORESHOCK_EACH_ISA(FORESHOCK_ADD)
 #undef FORESHOCK_ADD
 }

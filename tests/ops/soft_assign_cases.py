@@ -20,6 +20,7 @@ IMPLEMENTATIONS: dict[str, Any] = {
         f"cpu-{isa}": SimpleNamespace(
             forward=functools.partial(cpu.forward, isa=isa),
             backward=functools.partial(cpu.backward, isa=isa),
+            Assigner=functools.partial(cpu.Assigner, isa=isa),
         )
         for isa in supported_isas()
     },

@@ -33,7 +33,7 @@ def test_classes_never_seen_are_told_from_those_that_were(is_random: bool) -> No
 def test_trap_24_the_score_rises_with_the_distance_while_l_and_h_fall() -> None:
     trained = train(0)
     probe = surprise.fit(trained.model, trained.loader)
-    at = [probe(scale * trained.test) for scale in (1.0, 10.0, 100.0, 1000.0)]
+    at = [probe(scale * trained.test, components=True) for scale in (1.0, 10.0, 100.0, 1000.0)]
     scores = torch.stack([one.score.median() for one in at])
     assert (scores.diff() > 0).all()
     assert all(one.is_ood.all() for one in at[1:])

@@ -63,6 +63,51 @@ def test_watching_keeps_nothing_for_a_backward_pass() -> None:
     assert saved_for_backward(lambda given: probe(given), x) == []  # type: ignore[arg-type]
 
 
+def test_an_activation_in_place_does_not_change_what_is_heard() -> None:
+    model = mlp().eval()
+    probe, x = fitted(model), data(30, seed=1)
+    expected = probe(x).score
+    for place, part in enumerate(model):
+        if isinstance(part, nn.ReLU):
+            model[place] = nn.ReLU(inplace=True)
+    assert probe(x).score.equal(expected)
+    with probe.watch() as seen:
+        model(x).sum().backward()
+    assert seen.surprise().score.equal(expected)
+
+
+def test_length_and_entropy_are_there_for_who_asks() -> None:
+    probe, x = fitted(), data(30, seed=1)
+    plain, asked = probe(x), probe(x, components=True)
+    assert asked.score.equal(plain.score)
+    with probe.watch(components=True) as seen, torch.no_grad():
+        for part in x.split(10):
+            probe.model.eval()(part)
+    for name in ("0", "3", "5"):
+        one, all_of_it = plain.components[name], asked.components[name]
+        assert (one.length, one.entropy) == (None, None)
+        assert one.distance.equal(all_of_it.distance)
+        assert all_of_it.length is not None
+        assert all_of_it.entropy is not None
+        assert (all_of_it.length > -1e-9).all()
+        joined = seen.surprise().components[name]
+        assert joined.entropy is not None
+        torch.testing.assert_close(joined.entropy, all_of_it.entropy, rtol=0.02, atol=0.02)
+    with pytest.raises(KeyError):
+        plain.components["4"]
+
+
+def test_codes_that_are_written_to_are_heard_as_they_are() -> None:
+    probe, x = fitted(), data(30, seed=1)
+    before = probe(x).score
+    saved = copy.deepcopy(probe.state_dict())
+    probe.codes[1].centers.mul_(3)
+    assert not probe(x).score.equal(before)
+    probe.codes[2].spread.mul_(2)
+    probe.load_state_dict(saved)
+    assert probe(x).score.equal(before)
+
+
 def test_no_hook_is_left_when_nobody_watches() -> None:
     model = mlp().eval()
     probe = fitted(model)

@@ -48,6 +48,57 @@ def test_the_visible_output_is_the_plain_model_s_bit_for_bit(
         assert torch.equal(wrapped(x), plain(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("coding_dim", [None, 3])
+@pytest.mark.parametrize(("build", "draw", "layers"), CASES)
+def test_codes_are_the_same_whether_a_gradient_is_needed_or_not(
+    build: Build, draw: Draw, layers: Any, coding_dim: int | None, dtype: torch.dtype
+) -> None:
+    wrapped = wrap(build().to(dtype), layers, codes=5, coding_dim=coding_dim).eval()
+    x = draw().to(dtype)
+
+    def traces() -> list[tuple[Tensor, ...]]:
+        found = [(t.reduced, *vars(t.soft_code).values()) for t in wrapped.traces]
+        return [tuple(part for part in parts if part is not None) for parts in found]
+
+    wrapped(x)
+    trained = traces()
+    with torch.no_grad():
+        wrapped(x)
+    for one, other in zip(trained, traces(), strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-5)
+
+
+def test_codes_are_those_of_the_parameters_as_they_are() -> None:
+    wrapped, x = wrap(mlp(), codes=5, coding_dim=3), rows(20)
+
+    def surprise() -> Tensor:
+        with torch.no_grad():
+            wrapped(x)
+        return torch.stack(list(wrapped.layer_surprise().values()))
+
+    before = surprise()
+    coder = wrapped.coders["0"]
+    with torch.no_grad():
+        coder.codebook.centers.mul_(2)
+    changed = surprise()
+    assert not changed[0].equal(before[0])
+    assert changed[1].equal(before[1])
+    coder.codebook.centers.data.div_(2)
+    assert surprise().equal(before)
+    assert coder.projection is not None
+    coder.projection.data = 2 * coder.projection.data
+    assert not surprise()[0].equal(before[0])
+    coder.projection.data.div_(2)
+    wrapped.set_temperature(0.3)
+    assert not surprise().equal(before)
+    wrapped.set_temperature(1.0)
+    assert surprise().equal(before)
+    assert wrapped.double() is wrapped
+    x = x.double()
+    torch.testing.assert_close(surprise(), before.double(), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("build", "draw", "layers"), CASES)
 def test_the_coding_loss_leaves_the_model_s_own_gradients_alone(
     build: Build, draw: Draw, layers: Any

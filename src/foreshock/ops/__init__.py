@@ -10,14 +10,16 @@ from foreshock.ops.power_iteration import (
     power_iteration,
 )
 from foreshock.ops.rolling_zscore import RollingZScore
-from foreshock.ops.soft_assign import SoftCode, soft_assign
+from foreshock.ops.soft_assign import Assignment, SoftAssigner, SoftCode, soft_assign
 
 __all__ = [
+    "Assignment",
     "HealthScanner",
     "HealthStats",
     "PowerIterator",
     "PowerState",
     "RollingZScore",
+    "SoftAssigner",
     "SoftCode",
     "SpectralStats",
     "active_backends",

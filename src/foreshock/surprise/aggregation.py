@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -25,8 +24,7 @@ def mean_surprise(per_layer: Mapping[str, Tensor]) -> Tensor:
     Cost:
         One read of every tensor; nothing waits for a device.
     """
-    rows = _aligned(per_layer, _mean_of_positions)
-    return functools.reduce(torch.add, rows.values()) / len(rows)
+    return mean_of_layers(_aligned(per_layer, _mean_of_positions))
 
 
 def max_surprise(per_layer: Mapping[str, Tensor]) -> Tensor:
@@ -35,8 +33,7 @@ def max_surprise(per_layer: Mapping[str, Tensor]) -> Tensor:
     Args, Returns, Raises, Cost:
         As for `mean_surprise`.
     """
-    rows = _aligned(per_layer, _max_of_positions)
-    return functools.reduce(torch.maximum, rows.values())
+    return max_of_layers(_aligned(per_layer, _max_of_positions))
 
 
 def weighted_surprise(per_layer: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
@@ -51,10 +48,27 @@ def weighted_surprise(per_layer: Mapping[str, Tensor], weights: Mapping[str, flo
     Returns, Raises, Cost:
         As for `mean_surprise`. A NaN counts also where its weight is 0.
     """
-    rows = _aligned(per_layer, _mean_of_positions)
-    check_weights(weights, list(rows))
-    total = math.fsum(weights.values())
-    return functools.reduce(torch.add, (weights[n] / total * row for n, row in rows.items()))
+    rows_LN = _aligned(per_layer, _mean_of_positions)
+    check_weights(weights, list(per_layer))
+    return weighted_mean_of_layers(rows_LN, [weights[name] for name in per_layer])
+
+
+def mean_of_layers(rows_LN: Tensor) -> Tensor:
+    """`mean_surprise` of layers that are aligned, (N,)."""
+    # In double precision, where the order of summation, which the batch may change, is not seen.
+    return rows_LN.double().mean(0).to(rows_LN.dtype)
+
+
+def max_of_layers(rows_LN: Tensor) -> Tensor:
+    """`max_surprise` of layers that are aligned, (N,)."""
+    return rows_LN.amax(0)
+
+
+def weighted_mean_of_layers(rows_LN: Tensor, weights: Sequence[float]) -> Tensor:
+    """`weighted_surprise` of layers that are aligned, (N,)."""
+    total = math.fsum(weights)
+    each_L1 = torch.tensor([[weight / total] for weight in weights], dtype=torch.float64)
+    return (rows_LN * each_L1.to(rows_LN.device)).sum(0).to(rows_LN.dtype)
 
 
 def check_weights(weights: Mapping[str, float], names: list[str]) -> None:
@@ -76,10 +90,8 @@ def check_weights(weights: Mapping[str, float], names: list[str]) -> None:
         )
 
 
-def _aligned(
-    per_layer: Mapping[str, Tensor], over_positions: Callable[[Tensor], Tensor]
-) -> dict[str, Tensor]:
-    """(N,) for every layer, or an error that names those which cannot be brought together."""
+def _aligned(per_layer: Mapping[str, Tensor], over_positions: Callable[[Tensor], Tensor]) -> Tensor:
+    """(L, N), or an error that names those which cannot be brought together."""
     if not per_layer:
         raise ValueError("per_layer is empty; accepted: one tensor per layer, of at least one")
     for name, tensor in per_layer.items():
@@ -93,11 +105,10 @@ def _aligned(
             f"per_layer holds {each}; accepted: (N,) or (N, ...) with the same N samples on the "
             "same device for every layer"
         )
-    return {name: over_positions(t) if t.dim() > 1 else t for name, t in per_layer.items()}
+    return torch.stack([over_positions(t) if t.dim() > 1 else t for t in per_layer.values()])
 
 
 def _mean_of_positions(tensor: Tensor) -> Tensor:
-    # In double precision, where the order of summation, which the batch may change, is not seen.
     return tensor.flatten(1).mean(1, dtype=torch.float64).to(tensor.dtype)
 
 

@@ -112,13 +112,16 @@ class EmpiricalPercentileCalibrator:
 
     def is_ood(self, x: Scores, q: float | None = None) -> Tensor:
         """bool, of the shape of x: whether x lies above `threshold(q)`, or is NaN."""
-        return ~(_as_tensor(x, "x") <= self.threshold(q))
+        return self._is_above(_as_tensor(x, "x"), q)
 
     def percentile(self, x: Scores) -> Tensor:
         """float64, of the shape of x: the share of the reference that is not above x, 0 to 1."""
+        return self._share(_as_tensor(x, "x"))
+
+    def judge(self, x: Scores) -> tuple[Tensor, Tensor]:
+        """`percentile(x)` and `is_ood(x)`."""
         scores = _as_tensor(x, "x")
-        # searchsorted puts a NaN behind all numbers.
-        return self._rank(scores, is_after_equals=True).double() / len(self._sorted)
+        return self._share(scores), self._is_above(scores, None)
 
     def p_value(self, x: Scores) -> Tensor:
         """float64, of the shape of x: how often normal data would be at least as strange, 0 to 1.
@@ -167,6 +170,13 @@ class EmpiricalPercentileCalibrator:
         """
         return cls.from_json_object(load_json(Path(path).read_bytes()))
 
+    def _is_above(self, scores: Tensor, q: float | None) -> Tensor:
+        return (scores <= self.threshold(q)).logical_not_()
+
+    def _share(self, scores: Tensor) -> Tensor:
+        # searchsorted puts a NaN behind all numbers.
+        return self._rank(scores, is_after_equals=True).double() / len(self._sorted)
+
     def _rank(self, scores: Tensor, *, is_after_equals: bool) -> Tensor:
         self._check_is_fitted()
         reference = self._on_devices.get(scores.device)
@@ -181,6 +191,8 @@ class EmpiricalPercentileCalibrator:
 
 def _as_tensor(scores: Any, name: str) -> Tensor:
     """float64 on the device that the scores are on, without their history."""
+    if isinstance(scores, Tensor) and scores.is_floating_point():
+        return scores.detach().double()
     # Numbers of Python would become float32, and lose digits that decide at a boundary.
     dtype = scores.dtype if isinstance(scores, Tensor) else torch.float64
     try:

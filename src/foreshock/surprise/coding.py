@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from foreshock.ops import soft_assign
+from foreshock.ops import SoftAssigner, soft_assign
 from foreshock.surprise.codebook import Codebook, Init
+from foreshock.surprise.derived import Derived
 from foreshock.surprise.traces import Call, Recording
 
 Pooling = Literal["mean", "max", "positions"]
@@ -101,6 +102,7 @@ class Coder(nn.Module):
             device=layer.weight.device,
             dtype=layer.weight.dtype,
         )
+        self._assigner = Derived(_bind)
 
     @property
     def temperature(self) -> float:
@@ -117,13 +119,49 @@ class Coder(nn.Module):
         """Codes a layer's output and notes it, if the model that it belongs to is running."""
         if not self.recording.is_coding:
             return
-        reduced = self._reduced(output, layer_input, layer)
-        parts = self._coded(reduced)
+        if self._is_coded_in_one(output, layer):
+            coded = self._bound(self.projection)(output, return_mapped=True)
+            assert coded.mapped is not None
+            parts, reduced = coded[:4], coded.mapped
+        else:
+            reduced = self._reduced(output, layer_input, layer)
+            parts = self._coded(reduced)
         if self.recording.is_open:
             betas = self.beta_length, self.beta_entropy, self.beta_distance
             shape = tuple(output.shape)
             call = Call(self.name, self._temperature, betas, shape, reduced, *parts)
             self.recording.calls.append(call)
+
+    def _is_coded_in_one(self, output: Tensor, layer: nn.Module) -> bool:
+        """Whether the output is best read once, for its projection and the codes of that."""
+        return (
+            self.projection is not None
+            and not self.is_channels_first
+            and self._is_bound_to_be(output)
+            and not (
+                self.is_detached
+                and _is_plain_linear(layer)
+                and _is_cheaper_from_input(output, layer.weight)
+            )
+        )
+
+    def _is_bound_to_be(self, features: Tensor) -> bool:
+        """Whether codes need no gradient, and are as exact with kernels bound to them."""
+        centers, projection = self.codebook.centers, self.projection
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled(features.device.type):
+            return False
+        if torch.is_grad_enabled() and (
+            centers.requires_grad
+            or (projection is not None and projection.requires_grad)
+            or (features.requires_grad and not self.is_detached)
+        ):
+            return False
+        return features.dtype == centers.dtype and features.dtype.itemsize >= 4
+
+    def _bound(self, *basis: Tensor | None) -> SoftAssigner:
+        assigner = self._assigner.of(self._temperature, self.codebook.centers, *basis)
+        assigner.refresh()  # what is written through `.data` leaves no trace
+        return assigner
 
     def _reduced(self, output: Tensor, layer_input: Tensor, layer: nn.Module) -> Tensor:
         """(..., D), in memory of its own: an activation may be about to overwrite the output."""
@@ -156,6 +194,8 @@ class Coder(nn.Module):
     def _coded(self, reduced: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The nearest code of each row, d2 to it, L and H."""
         centers = self.codebook.centers
+        if self._is_bound_to_be(reduced):
+            return self._bound()(reduced)[:4]
         if not torch.compiler.is_compiling():
             code = soft_assign(reduced, centers, temperature=self.temperature)
             return code.best_index, code.distance, code.length, code.entropy
@@ -200,11 +240,16 @@ class Coder(nn.Module):
         return f"{self.name!r}, pooling={self.pooling!r}, temperature={self.temperature:g}"
 
 
+def _bind(temperature: Tensor, centers: Tensor, *projection: Tensor) -> SoftAssigner:
+    basis = projection[0].T if projection else None
+    return SoftAssigner(centers, temperature=temperature.item(), basis=basis)
+
+
 def _projected_linear(
     y: Tensor, projection: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
     """y P^T of y = a W^T + b, from whichever side is cheaper."""
-    if _is_cheaper_from_input(y, projection, a, weight):
+    if _is_cheaper_from_input(y, weight):
         offset = None if bias is None else projection @ bias
         return F.linear(a, projection @ weight, offset)
     return F.linear(y, projection)
@@ -236,7 +281,7 @@ class _ProjectionOfLinear(torch.autograd.Function):
         return None, grad_DO.to(ctx.dtype), None, None, None
 
 
-def _is_cheaper_from_input(y: Tensor, projection: Tensor, a: Tensor, weight: Tensor) -> bool:
+def _is_cheaper_from_input(y: Tensor, weight: Tensor) -> bool:
     """Whether a (P W)^T takes fewer multiply-adds than y P^T, and no more rounding."""
     if torch.compiler.is_compiling() or y.dtype != weight.dtype or y.dtype.itemsize < 4:
         return False

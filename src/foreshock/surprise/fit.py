@@ -20,12 +20,12 @@ from foreshock.surprise.calibration import EmpiricalPercentileCalibrator, sample
 from foreshock.surprise.clusters import fit_clusters
 from foreshock.surprise.layer_codes import LayerCodes
 from foreshock.surprise.layers import select
-from foreshock.surprise.listener import Aggregation, Listener, Reading, joined, listening
+from foreshock.surprise.listener import Aggregation, Listener, Listening, Reading, joined
 from foreshock.surprise.model_input import Batch, MaskSource, read_batches
 from foreshock.surprise.outputs import Reduction, evaluating
-from foreshock.surprise.probe import SurpriseProbe, standardised
+from foreshock.surprise.probe import SurpriseProbe, scale_of, scales, standardised
 from foreshock.surprise.row_sample import LayerRows
-from foreshock.surprise.scores import LayerComponents
+from foreshock.surprise.scores import Parts
 from foreshock.surprise.splits import THREE_WAYS, TWO_WAYS, Role, roles
 
 
@@ -106,10 +106,12 @@ def fit(
         if weights is not None:
             check_weights(weights, list(rows.names.values()))
         fitted = [_codes_of(rows, key, codes, dim, whiten, seed) for key in rows.names]
-        heard = functools.partial(_components, model, modules, fitted, reading)
+        heard = functools.partial(_parts, model, modules, fitted, reading)
         _normalise(fitted, heard(parts.held_out[Role.NORMALISE]))
-        normal = standardised(fitted, heard(parts.held_out[Role.CALIBRATE]))
-    calibrator.fit(reading.aggregate(normal))
+        calibrating = heard(parts.held_out[Role.CALIBRATE])
+    names = [one.name for one in fitted]
+    normal_LN = standardised([calibrating[n][0] for n in names], scale_of(*scales(fitted)))
+    calibrator.fit(reading.aggregate_rows(normal_LN, names))
     return SurpriseProbe(model, modules, fitted, calibrator, reading, parts.counts())
 
 
@@ -179,27 +181,27 @@ def _codes_of(
     return LayerCodes(layer, name, *tensors).to(rows.devices[layer])
 
 
-def _components(
+def _parts(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
     fitted: list[LayerCodes],
     reading: Reading,
     batches: list[Batch],
-) -> dict[str, LayerComponents]:
+) -> dict[str, Parts]:
     """What the codes make of samples that were held out."""
     forwards = []
     for batch in batches:
         listener = Listener(fitted, reading, batch.mask)
-        with listening(model, modules, listener.hear, listener.begin_forward):
+        with Listening(model, modules, listener.hear, listener.begin_forward):
             batch.run(model)
-        forwards.append(listener.components())
+        forwards.append(listener.parts())
     return joined(forwards)
 
 
-def _normalise(fitted: list[LayerCodes], components: Mapping[str, LayerComponents]) -> None:
+def _normalise(fitted: list[LayerCodes], parts: Mapping[str, Parts]) -> None:
     """Sets where and how widely the distances of normal data lie."""
     for one in fitted:
-        distance = components[one.name].distance.double()
+        distance = parts[one.name][0].double()
         if not distance.isfinite().all():
             raise ValueError(
                 f"layer {one.name!r} gives outputs that are not finite for in-distribution data; "

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
-from foreshock.ops import soft_assign
+from foreshock.ops import SoftAssigner
+from foreshock.surprise.derived import Derived
 from foreshock.surprise.outputs import Reduction, over_positions
 from foreshock.surprise.scores import LayerComponents
 
@@ -57,6 +57,34 @@ class LayerCodes(nn.Module):
         tensors = (mean, projection, centers, location, spread)
         for buffer, tensor in zip(BUFFERS, tensors, strict=True):
             self.register_buffer(buffer, tensor.float().contiguous())
+        self._assigner = Derived(_bind)
+
+    def measure(self, rows: Tensor, has_codes: bool) -> tuple[Tensor, ...]:
+        """D of rows, or D, L and H.
+
+        Args:
+            rows: (N, D), or (N, P, D) of a layer with positions; no gradient goes through.
+            has_codes: whether L and H are wanted.
+        Returns:
+            One or three tensors, (N,) or (N, P).
+        Raises:
+            ValueError: naming the layer, what it gave and what is accepted.
+        Cost:
+            One call of `SoftAssigner`, which is bound anew when a buffer has changed.
+        """
+        buffers = self._buffers
+        try:
+            assigner = self._assigner.of(buffers["mean"], buffers["projection"], buffers["centers"])
+            if not has_codes:
+                return (assigner.distance(rows),)
+            code = assigner(rows)
+        except ValueError as error:
+            raise ValueError(
+                f"layer {self.name!r} gives {rows.shape[-1]} features on {rows.device}; accepted: "
+                f"{len(self.mean)} on {self.mean.device}, as fitted; probe.to(device) moves the "
+                "probe"
+            ) from error
+        return code.distance, code.length, code.entropy
 
     def components(
         self, rows: Tensor, mask: Tensor | None, reduction: Reduction
@@ -69,34 +97,15 @@ class LayerCodes(nn.Module):
             reduction: over positions.
         Raises:
             ValueError: naming the layer, what it gave and what is accepted.
-        Cost:
-            One matrix product (N, D) @ (D, E) and one `soft_assign`; nothing waits for a device.
         """
-        self._check(rows)
-        z = self._whitened(rows)
-        code = soft_assign(z, self.centers, temperature=_TEMPERATURE)
-        parts = (code.distance, code.length, code.entropy)
-        if rows.dim() == 2:
-            return LayerComponents(*parts)
-        return LayerComponents(*(over_positions(part, mask, reduction) for part in parts))
-
-    def _whitened(self, rows: Tensor) -> Tensor:
-        if not torch.is_autocast_enabled(rows.device.type):
-            return (rows - self.mean) @ self.projection
-        with torch.autocast(rows.device.type, enabled=False):
-            return (rows - self.mean) @ self.projection
+        parts = self.measure(rows, has_codes=True)
+        if rows.dim() == 3:
+            parts = tuple(over_positions(part, mask, reduction) for part in parts)
+        return LayerComponents(*parts)
 
     def tensors(self) -> dict[str, Tensor]:
         """The buffers by the names that the constructor has for them."""
         return {name: getattr(self, name) for name in BUFFERS}
-
-    def _check(self, rows: Tensor) -> None:
-        features = len(self.mean)
-        if rows.shape[-1] != features or rows.device != self.mean.device:
-            raise ValueError(
-                f"layer {self.name!r} gives {rows.shape[-1]} features on {rows.device}; accepted: "
-                f"{features} on {self.mean.device}, as fitted; probe.to(device) moves the probe"
-            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LayerCodes:
         # model.half() is no reason to lose the digits of codes: what moves is the device.
@@ -106,3 +115,7 @@ class LayerCodes(nn.Module):
             is_other_type = moved.dtype != buffer.dtype
             self._buffers[name] = buffer.to(moved.device) if is_other_type else moved
         return self
+
+
+def _bind(mean: Tensor, projection: Tensor, centers: Tensor) -> SoftAssigner:
+    return SoftAssigner(centers, temperature=_TEMPERATURE, offset=mean, basis=projection)

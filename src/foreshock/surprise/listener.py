@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, TypeAlias
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from foreshock.surprise.aggregation import max_surprise, mean_surprise, weighted_surprise
+from foreshock.surprise.aggregation import (
+    check_weights,
+    max_of_layers,
+    max_surprise,
+    mean_of_layers,
+    mean_surprise,
+    weighted_mean_of_layers,
+    weighted_surprise,
+)
 from foreshock.surprise.layer_codes import LayerCodes
 from foreshock.surprise.model_input import MaskSource
-from foreshock.surprise.outputs import Reduction, check_reduction, rows_of
-from foreshock.surprise.scores import LayerComponents
+from foreshock.surprise.outputs import (
+    Reduction,
+    are_rows,
+    check_reduction,
+    over_positions,
+    rows_of,
+)
+from foreshock.surprise.scores import Parts
 
 Aggregation: TypeAlias = Literal["mean", "max", "weighted"]
 
@@ -57,6 +71,22 @@ class Reading:
             return weighted_surprise(per_layer, self.weights)
         return max_surprise(per_layer) if self.aggregation == "max" else mean_surprise(per_layer)
 
+    def aggregate_rows(self, rows_LN: Tensor, names: list[str]) -> Tensor:
+        """(N,): the same of layers that are aligned, in the order of their names."""
+        if self.weights is not None:
+            check_weights(self.weights, names)
+            return weighted_mean_of_layers(rows_LN, [self.weights[name] for name in names])
+        return max_of_layers(rows_LN) if self.aggregation == "max" else mean_of_layers(rows_LN)
+
+
+class Heard(NamedTuple):
+    """What the codes make of one call of a layer, at every position."""
+
+    parts: Parts
+    """Each (N,) or (N, P)."""
+    mask: Tensor | None
+    """(N, P) bool: which positions count; None if all do."""
+
 
 class Listener:
     """The components of every layer of every sample that ran while it listened.
@@ -65,16 +95,25 @@ class Listener:
         codes: of every layer, and of every call of it in a forward, in their order.
         reading: how outputs are read.
         mask: (N, T) bool, which positions count, of each forward.
+        has_codes: whether L and H are wanted beside D.
     """
 
-    def __init__(self, codes: list[LayerCodes], reading: Reading, mask: Tensor | None) -> None:
+    def __init__(
+        self,
+        codes: list[LayerCodes],
+        reading: Reading,
+        mask: Tensor | None,
+        has_codes: bool = False,
+    ) -> None:
         self._codes = codes
         self._calls: dict[str, list[LayerCodes]] = {}
         for one in codes:
             self._calls.setdefault(one.layer, []).append(one)
         self._reading = reading
         self._mask = mask
-        self._forwards: list[dict[str, list[LayerComponents]]] = [{}]
+        self._has_codes = has_codes
+        self._takes_positions = mask is None and reading.batch_dim == 0
+        self._forwards: list[dict[str, list[Heard]]] = [{}]
         self._fault: Exception | None = None
 
     def begin_forward(self) -> None:
@@ -86,9 +125,9 @@ class Listener:
         """Takes in one output of a layer; a fault is kept for who asks, and not raised here."""
         if self._fault is not None:
             return
-        heard = self._forwards[-1].setdefault(layer, [])
         try:
-            heard.append(self._components(layer, len(heard), module, output))
+            heard = self._forwards[-1].setdefault(layer, [])
+            heard.append(self._heard(layer, len(heard), module, output))
         except Exception as error:  # watching does not break what is watched
             self._fault = error
 
@@ -97,8 +136,8 @@ class Listener:
         """Whether any layer was called."""
         return self._fault is not None or any(self._forwards)
 
-    def components(self) -> dict[str, LayerComponents]:
-        """Of all samples in the order in which they ran, by layer.
+    def parts(self) -> dict[str, Parts]:
+        """By layer, each (N,): of all samples in the order in which they ran.
 
         Raises:
             TypeError, ValueError: what was heard cannot be judged; naming the layer.
@@ -106,28 +145,29 @@ class Listener:
         """
         if self._fault is not None:
             raise self._fault
-        forwards = [self._by_name(forward) for forward in self._forwards if forward]
-        if not forwards:
+        heard = [self._by_name(forward) for forward in self._forwards if forward]
+        if not heard:
             raise RuntimeError(
                 "no layer was called while listening; accepted: a forward of the model that was "
                 "fitted, or of its parts, uncompiled"
             )
-        return joined(forwards)
+        reduction = self._reading.reduce_positions
+        return joined([by_sample(forward, reduction) for forward in heard])
 
-    def _components(
-        self, layer: str, call: int, module: nn.Module, output: object
-    ) -> LayerComponents:
+    def _heard(self, layer: str, call: int, module: nn.Module, output: object) -> Heard:
         calls = self._calls[layer]
         if call >= len(calls):
             raise ValueError(
                 f"layer {layer!r} was called more than {len(calls)} times in a forward; accepted: "
                 f"{len(calls)}, as fitted; each call of the model itself begins a forward"
             )
+        if are_rows(output, module, self._takes_positions):
+            return Heard(calls[call].measure(output, self._has_codes), None)
         rows, mask = rows_of(layer, module, output, self._reading.batch_dim, self._mask)
-        return calls[call].components(rows, mask, self._reading.reduce_positions)
+        return Heard(calls[call].measure(rows, self._has_codes), mask)
 
-    def _by_name(self, forward: Mapping[str, list[LayerComponents]]) -> dict[str, LayerComponents]:
-        found: dict[str, LayerComponents] = {}
+    def _by_name(self, forward: Mapping[str, list[Heard]]) -> dict[str, Heard]:
+        found: dict[str, Heard] = {}
         for layer, calls in self._calls.items():
             heard = forward.get(layer, [])
             if len(heard) < len(calls):
@@ -135,40 +175,74 @@ class Listener:
                     f"layer {layer!r} was called {len(heard)} times in a forward; accepted: "
                     f"{len(calls)}, as fitted"
                 )
-            found.update({one.name: parts for one, parts in zip(calls, heard, strict=True)})
+            found.update({one.name: each for one, each in zip(calls, heard, strict=True)})
         return found
 
 
-@contextlib.contextmanager
-def listening(
-    model: nn.Module,
-    modules: Mapping[str, nn.Module],
-    hear: Callable[[str, nn.Module, object], None],
-    begin_forward: Callable[[], None],
-) -> Iterator[None]:
-    """Calls `hear(name, module, output)` after each forward of a module, and changes nothing."""
+def by_sample(heard: Mapping[str, Heard], reduction: Reduction) -> dict[str, Parts]:
+    """What was heard in one forward, over positions; layers that are alike are taken together."""
+    found = {name: one.parts for name, one in heard.items()}
+    alike: dict[object, list[str]] = {}
+    for name, (first, *_) in found.items():
+        if first.dim() > 1:
+            kind = first.shape, first.device, id(heard[name].mask)
+            alike.setdefault(kind, []).append(name)
+    for names in alike.values():
+        parts, mask = heard[names[0]]
+        stacked = torch.stack([part for name in names for part in found[name]])
+        reduced = over_positions(stacked, mask, reduction).unbind()
+        for i, name in enumerate(names):
+            found[name] = reduced[i * len(parts) : (i + 1) * len(parts)]
+    return found
 
-    def hook_of(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        return lambda module, _, output: hear(name, module, output)
 
-    with contextlib.ExitStack() as stack:
+class Listening:
+    """A context in which `hear(name, module, output)` is called after each forward of a module.
+
+    Args:
+        model: `begin_forward()` is called before each forward of it.
+        modules: that are heard, by name.
+        hear: changes nothing.
+        begin_forward: likewise.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Mapping[str, nn.Module],
+        hear: Callable[[str, nn.Module, object], None],
+        begin_forward: Callable[[], None],
+    ) -> None:
+        self._key = next(_KEYS)
+        self._hooks: list[tuple[dict[int, Any], Callable[..., None]]] = [
+            (model._forward_pre_hooks, lambda *_: begin_forward())
+        ]
         for name, module in modules.items():
-            stack.callback(module.register_forward_hook(hook_of(name)).remove)
-        stack.callback(model.register_forward_pre_hook(lambda *_: begin_forward()).remove)
-        yield
+            self._hooks.append((module._forward_hooks, _hook(name, hear)))
+
+    def __enter__(self) -> None:
+        for place, hook in self._hooks:
+            place[self._key] = hook
+
+    def __exit__(self, *_: object) -> None:
+        for place, _hook in self._hooks:
+            place.pop(self._key, None)
 
 
-def joined(forwards: list[dict[str, LayerComponents]]) -> dict[str, LayerComponents]:
-    """The components of all samples of some forwards, at least one."""
+# What `register_forward_hook` costs for each layer is a good part of what a short look costs at
+# all. Its keys count from 0 up.
+_KEYS = itertools.count(-1, -1)
+
+
+def _hook(name: str, hear: Callable[[str, nn.Module, object], None]) -> Callable[..., None]:
+    return lambda module, _, output: hear(name, module, output)
+
+
+def joined(forwards: list[dict[str, Parts]]) -> dict[str, Parts]:
+    """The parts of all samples of some forwards, at least one."""
     if len(forwards) == 1:
         return forwards[0]
-    fields = [field.name for field in dataclasses.fields(LayerComponents)]
     return {
-        name: LayerComponents(
-            *(
-                torch.cat([getattr(forward[name], field) for forward in forwards])
-                for field in fields
-            )
-        )
+        name: tuple(map(torch.cat, zip(*(forward[name] for forward in forwards), strict=True)))
         for name in forwards[0]
     }

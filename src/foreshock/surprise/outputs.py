@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +27,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def are_rows(output: object, module: nn.Module, has_positions: bool) -> TypeGuard[Tensor]:
+    """Whether an output is (N, D), or with positions (N, P, D), as it lies: `rows_of` in short."""
+    if type(output) is not Tensor or isinstance(module, _CONVOLUTIONS) or output.is_nested:
+        return False
+    dims = output.dim()
+    return dims == 2 or (dims == 3 and has_positions)
+
+
 def rows_of(
     name: str, module: nn.Module, output: Any, batch_dim: int, mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """A layer's output by samples: float32 (N, D), or (N, P, D) of a layer with positions.
+    """A layer's output by samples: (N, D), or (N, P, D) of a layer with positions.
 
-    That of a convolution is averaged over all positions. Nothing of autograd is kept.
+    That of a convolution is averaged over all positions, in float32. Others are as they lie, in
+    their own type and with their graph.
 
     Args:
         name: the layer's, for messages.
@@ -48,6 +57,8 @@ def rows_of(
     if not isinstance(output, Tensor) or not output.is_floating_point():
         given = output.dtype if isinstance(output, Tensor) else type(output).__name__
         raise TypeError(f"layer {name!r} gives {given}; accepted: a floating-point tensor")
+    if output.dtype.itemsize == 1:
+        output = output.float()
     if output.is_nested:
         return _padded(output.detach(), mask)
     least = len(module.kernel_size) + 2 if isinstance(module, _CONVOLUTIONS) else 2
@@ -56,24 +67,27 @@ def rows_of(
             f"layer {name!r} gives shape {tuple(output.shape)}; accepted: at least {least} "
             "dimensions, of which one counts the samples"
         )
-    rows: Tensor = output.detach()
     if isinstance(module, _CONVOLUTIONS):
-        return rows.flatten(2).mean(2, dtype=torch.float32), None
-    if rows.dim() == 2:
-        return rows.float(), None
-    rows = rows.movedim(batch_dim, 0).flatten(1, -2).float()
-    if mask is not None and mask.shape != rows.shape[:2]:
+        return output.detach().flatten(2).mean(2, dtype=torch.float32), None
+    if output.dim() == 2:
+        return output, None
+    rows = output
+    if batch_dim != 0 or rows.dim() > 3:
+        rows = rows.movedim(batch_dim, 0).flatten(1, -2)
+    if mask is None:
+        return rows, None
+    if mask.shape != rows.shape[:2]:
         raise ValueError(
             f"layer {name!r} gives {rows.shape[1]} positions for {len(rows)} samples, and mask has "
             f"shape {tuple(mask.shape)}; accepted: the same of both"
         )
-    return rows, None if mask is None else mask.to(rows.device)
+    return rows, mask.to(rows.device)
 
 
 def _padded(nested: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """(N, P, D) and (N, P): as nn.TransformerEncoder nests what its padding mask leaves."""
     lengths = torch.tensor([len(sample) for sample in nested.unbind()], device=nested.device)
-    rows = nested.to_padded_tensor(0.0).float()
+    rows = nested.to_padded_tensor(0.0)
     is_there = torch.arange(rows.shape[1], device=rows.device) < lengths[:, None]
     if mask is None:
         return rows, is_there
@@ -95,7 +109,7 @@ def check_reduction(reduction: Any) -> None:
 
 
 def over_positions(values: Tensor, mask: Tensor | None, reduction: Reduction) -> Tensor:
-    """(N,) of values (N, P): their mean, their largest, or the mean of the k largest.
+    """(..., N) of values (..., N, P): their mean, their largest, or the mean of the k largest.
 
     Args:
         values: one for each position.
@@ -104,15 +118,17 @@ def over_positions(values: Tensor, mask: Tensor | None, reduction: Reduction) ->
     Returns:
         NaN for a sample with a NaN among what counts, or with nothing that counts.
     """
+    # In double precision the order, which padding and batch may change, is not seen.
+    if mask is None and reduction == "mean":
+        return values.mean(-1, dtype=torch.float64).to(values.dtype)
     if mask is None:
-        mask = torch.ones_like(values, dtype=torch.bool)
+        mask = torch.ones(values.shape[-2:], dtype=torch.bool, device=values.device)
     count = mask.sum(1)
     if reduction == "mean":
-        # In double precision the order, which padding and batch may change, is not seen.
-        total = values.double().where(mask, 0.0).sum(1)
+        total = values.double().where(mask, 0.0).sum(-1)
         return (total / count).to(values.dtype)
-    k = 1 if reduction == "max" else min(int(reduction), values.shape[1])
-    largest = values.where(mask, -torch.inf).topk(k, dim=1).values.double()
+    k = 1 if reduction == "max" else min(int(reduction), values.shape[-1])
+    largest = values.where(mask, -torch.inf).topk(k, dim=-1).values.double()
     taken = count.clamp(max=k)
     is_taken = torch.arange(k, device=values.device) < taken[:, None]
-    return (largest.where(is_taken, 0.0).sum(1) / taken).to(values.dtype)
+    return (largest.where(is_taken, 0.0).sum(-1) / taken).to(values.dtype)

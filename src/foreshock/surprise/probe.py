@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from foreshock.surprise import probe_file
 from foreshock.surprise.calibration import EmpiricalPercentileCalibrator
+from foreshock.surprise.derived import Derived
 from foreshock.surprise.layer_codes import LayerCodes
-from foreshock.surprise.listener import Listener, Reading, listening
+from foreshock.surprise.listener import Listener, Listening, Reading
 from foreshock.surprise.model_input import device_of, read_batch
 from foreshock.surprise.outputs import evaluating
-from foreshock.surprise.scores import LayerComponents, Surprise
+from foreshock.surprise.scores import ByLayer, LayerComponents, Parts, Surprise
 
 
 class SurpriseProbe(nn.Module):
@@ -58,6 +59,7 @@ class SurpriseProbe(nn.Module):
         # In a tuple, where nn.Module does not look for parts of itself.
         self._watched = (model, dict(modules))
         self._codes = nn.ModuleList(codes)
+        self._scale = Derived(scale_of)
         self.calibrator = calibrator
         self.reading = reading
         self.samples = dict(samples)
@@ -72,7 +74,7 @@ class SurpriseProbe(nn.Module):
         """Those of every layer, in the order of the model."""
         return list(self._codes)  # type: ignore[arg-type]
 
-    def forward(self, x: Any, mask: Tensor | None = None) -> Surprise:
+    def forward(self, x: Any, mask: Tensor | None = None, components: bool = False) -> Surprise:
         """Runs the model on x, in evaluation mode without gradients, and says what was seen.
 
         Args:
@@ -80,6 +82,7 @@ class SurpriseProbe(nn.Module):
             mask: (N, T), which positions count; default what `fit` was told to take for it, or the
                 "attention_mask" of a mapping. A key or a place is nothing in a tensor x, which then
                 has no mask; a function is asked whatever x is.
+            components: whether L and H of each layer are wanted beside D.
         Raises:
             TypeError, ValueError: naming what was given and what is accepted.
         Cost:
@@ -89,12 +92,11 @@ class SurpriseProbe(nn.Module):
         if isinstance(x, Tensor) and not callable(source):
             source = None
         batch = read_batch(x, self.reading.batch_dim, source)
-        with evaluating(self.model), self.watch(batch.mask) as seen:
+        with evaluating(self.model), self.watch(batch.mask, components) as seen:
             batch.run(self.model)
         return seen.surprise()
 
-    @contextlib.contextmanager
-    def watch(self, mask: Tensor | None = None) -> Iterator[Watch]:
+    def watch(self, mask: Tensor | None = None, components: bool = False) -> Watch:
         """Listens to forwards that are run meanwhile, however they are run.
 
         Every call of the model itself brings further samples; calls of its parts without it count
@@ -102,28 +104,36 @@ class SurpriseProbe(nn.Module):
 
         Args:
             mask: (N, T), which positions count, in each forward.
+            components: whether L and H of each layer are wanted beside D, of which the score is
+                made.
         Returns:
             A context whose value has `surprise()`. The model should be in evaluation mode, as it
             was when fitted. What runs in a compiled graph is not heard. The fused path of
             nn.TransformerEncoderLayer calls no layers: torch takes the ordinary one while watched.
         Cost:
-            For each layer a product (N, D) @ (D, E) and a `soft_assign`; nothing waits for a
-            device. Without a watch nothing: no hook is left.
+            For each layer one read of its output, N D E + N K E multiply-adds, and with
+            `components` N K exponentials; nothing waits for a device. Without a watch nothing: no
+            hook is left.
         """
-        model, modules = self._watched
-        listener = Listener(self.codes, self.reading, None if mask is None else mask.bool())
-        with listening(model, modules, listener.hear, listener.begin_forward):
-            yield Watch(self, listener)
+        mask = None if mask is None else mask.bool()
+        listener = Listener(self.codes, self.reading, mask, components)
+        listening = Listening(*self._watched, listener.hear, listener.begin_forward)
+        return Watch(self, listener, listening)
 
-    def judge(self, components: Mapping[str, LayerComponents]) -> Surprise:
+    def judge(self, parts: Mapping[str, Parts]) -> Surprise:
         """The surprise of samples from what the layers' codes make of them.
 
         Args:
-            components: by layer.
+            parts: by layer, D, or D, L and H, (N,) each.
         """
-        per_layer = standardised(self.codes, components)
-        score = self.reading.aggregate(per_layer)
-        percentile, is_ood = self.calibrator.percentile(score), self.calibrator.is_ood(score)
+        codes = self.codes
+        names = [one.name for one in codes]
+        z_LN = standardised([parts[name][0] for name in names], self._scale.of(*scales(codes)))
+        score = self.reading.aggregate_rows(z_LN, names)
+        percentile, is_ood = self.calibrator.judge(score)
+        each = [parts[name] for name in names]
+        components = ByLayer(names, functools.partial(_components_of, each))
+        per_layer = ByLayer(names, z_LN.__getitem__)
         return Surprise(score, percentile, per_layer, is_ood, components)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -169,11 +179,19 @@ class SurpriseProbe(nn.Module):
 
 
 class Watch:
-    """What a probe has seen so far."""
+    """A context in which a probe listens, and what it has seen so far."""
 
-    def __init__(self, probe: SurpriseProbe, listener: Listener) -> None:
+    def __init__(self, probe: SurpriseProbe, listener: Listener, listening: Listening) -> None:
         self._probe = probe
         self._listener = listener
+        self._listening = listening
+
+    def __enter__(self) -> Watch:
+        self._listening.__enter__()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._listening.__exit__(*raised)
 
     @property
     def is_empty(self) -> bool:
@@ -187,20 +205,30 @@ class Watch:
             TypeError, ValueError: what was seen cannot be judged; naming the layer.
             RuntimeError: nothing was seen.
         """
-        return self._probe.judge(self._listener.components())
+        return self._probe.judge(self._listener.parts())
 
 
-def standardised(
-    codes: list[LayerCodes], components: Mapping[str, LayerComponents]
-) -> dict[str, Tensor]:
-    """By layer, (N,) on the device of the first: what is aggregated; NaN where D is not finite."""
-    device = codes[0].mean.device
-    distance_LN = torch.stack([components[c.name].distance.to(device) for c in codes])
-    location_L = torch.stack([c.location.to(device) for c in codes])
-    spread_L = torch.stack([c.spread.to(device) for c in codes])
-    z_LN = (distance_LN - location_L[:, None]) / spread_L[:, None]
-    z_LN = z_LN.where(distance_LN.isfinite(), torch.nan)
-    return dict(zip([c.name for c in codes], z_LN.unbind(), strict=True))
+def scales(codes: list[LayerCodes]) -> list[Tensor]:
+    """The location of every layer, then the spread of every layer."""
+    buffers = [one._buffers for one in codes]
+    return [each[name] for name in ("location", "spread") for each in buffers]  # type: ignore[misc]
+
+
+def scale_of(*scales: Tensor) -> Tensor:
+    """(2, L, 1) on the device of the first: of layers, all locations, then all spreads."""
+    return torch.stack([scale.to(scales[0].device) for scale in scales]).view(2, -1, 1)
+
+
+def standardised(distances: list[Tensor], scale: Tensor) -> Tensor:
+    """(L, N), on the device of the scale: what is aggregated; NaN where D is not finite."""
+    distance_LN = torch.stack([distance.to(scale.device) for distance in distances])
+    location_L1, spread_L1 = scale
+    z_LN: Tensor = (distance_LN - location_L1).div_(spread_L1)
+    return z_LN.add_(distance_LN.sub_(distance_LN))  # 0, or NaN where D is not finite
+
+
+def _components_of(parts: list[Parts], layer: int) -> LayerComponents:
+    return LayerComponents(*parts[layer])
 
 
 def _modules_of(model: nn.Module, codes: list[LayerCodes]) -> dict[str, nn.Module]:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from foreshock.surprise.listener import listening
+from foreshock.surprise.listener import Listening
 from foreshock.surprise.model_input import Batch
 from foreshock.surprise.outputs import rows_of
 
@@ -90,10 +90,10 @@ class LayerRows:
         def hear(layer: str, module: nn.Module, output: object) -> None:
             rows, mask = rows_of(layer, module, output, self._batch_dim, batch.mask)
             self._check_samples(layer, rows, batch)
-            self._add((layer, calls[layer]), rows, mask)
+            self._add((layer, calls[layer]), rows.detach().float(), mask)
             calls[layer] += 1
 
-        with listening(self._model, self._modules, hear, lambda: None):
+        with Listening(self._model, self._modules, hear, lambda: None):
             batch.run(self._model)
         for layer in self._modules:
             before = self._calls.setdefault(layer, calls[layer])

@@ -3,9 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 from torch import Tensor
+
+Item = TypeVar("Item")
+
+
+class ByLayer(Mapping[str, Item]):
+    """Something of each layer, made when it is looked at.
+
+    Args:
+        names: of the layers.
+        make: of the layer's place among them.
+    """
+
+    def __init__(self, names: Sequence[str], make: Callable[[int], Item]) -> None:
+        self._names = names
+        self._make = make
+
+    def __getitem__(self, name: str) -> Item:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._make(self._names.index(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+Parts = tuple[Tensor, ...]
+"""D, or D, L and H, of one layer."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -17,10 +51,12 @@ class LayerComponents:
 
     distance: Tensor
     """D: squared distance to the nearest code, in units of the spread within clusters."""
-    length: Tensor
-    """L: code length in nats. Falls far from every code: never a score by itself."""
-    entropy: Tensor
-    """H: entropy over codes in nats. Falls far from every code: never a score by itself."""
+    length: Tensor | None = None
+    """L: code length in nats. Falls far from every code: never a score by itself. None from a
+    probe that was not asked for it."""
+    entropy: Tensor | None = None
+    """H: entropy over codes in nats. Falls far from every code: never a score by itself. None from
+    a probe that was not asked for it."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import torch
 from torch import Tensor
 
 from foreshock.ops._tensors import FLOATING_DTYPES, local_tensor
 from foreshock.ops.soft_assign import register
+from foreshock.ops.soft_assign.assigner import SoftAssigner
+from foreshock.ops.soft_assign.checks import check_number
+from foreshock.ops.soft_assign.frame import Assignment
 from foreshock.ops.soft_assign.probs import probs as find_probs
 
-__all__ = ["SoftCode", "soft_assign"]
+__all__ = ["Assignment", "SoftAssigner", "SoftCode", "soft_assign"]
 
 DTYPES = FLOATING_DTYPES[:4]
 
@@ -85,14 +87,14 @@ def soft_assign(
     if not torch.compiler.is_compiling():
         x, centers = local_tensor(x, DTYPES, "x"), local_tensor(centers, DTYPES, "centers")
     _check_shapes(x, centers)
-    _check_number(temperature, "temperature", "a finite number above 0", temperature > 0)
-    _check_number(eps, "eps", "a finite number from 0 up", eps >= 0)
+    check_number(temperature, "temperature", "a finite number above 0", temperature > 0)
+    check_number(eps, "eps", "a finite number from 0 up", eps >= 0)
     for name, beta in (
         ("beta_length", beta_length),
         ("beta_entropy", beta_entropy),
         ("beta_distance", beta_distance),
     ):
-        _check_number(beta, name, "a finite number", True)
+        check_number(beta, name, "a finite number", True)
     shape = x.shape[:-1]
     x_ND = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     is_differentiable = torch.is_grad_enabled() and (x.requires_grad or centers.requires_grad)
@@ -128,8 +130,3 @@ def _check_shapes(x: Tensor, centers: Tensor) -> None:
         )
     if centers.device != x.device:
         raise ValueError(f"centers is on {centers.device}; accepted: {x.device}, where x is")
-
-
-def _check_number(value: float, name: str, accepted: str, is_accepted: bool) -> None:
-    if not is_accepted or not math.isfinite(value):
-        raise ValueError(f"{name} is {value}; accepted: {accepted}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +11,12 @@ from torch import Tensor
 
 from foreshock.ops._backend import active_isa, load_kernels
 from foreshock.ops._tensors import DTYPE_CODES
+from foreshock.ops.soft_assign.frame import Assignment, Frame
 from foreshock.ops.soft_assign.reference import Saved
 
 _ROWS_PER_TASK = 64
-# Multiply-adds, a pair's exponential counted as 16 of them: some 0.1 ms. A second thread that has
+_EXPONENTIAL = 16  # what that of a pair of row and code counts as, in multiply-adds
+# Multiply-adds: some 0.1 ms. A second thread that has
 # to be woken for less, between the layers of a model, costs more than it takes over.
 _WORK_PER_TASK = 1 << 21
 _TASKS_PER_THREAD = 4
@@ -29,6 +32,11 @@ def why_unavailable(device_type: str) -> str | None:
         return "reads the memory of the host only"
     kernels = load_kernels()
     return kernels if isinstance(kernels, str) else None
+
+
+def _tasks(rows: int, work_per_row: int, threads: int) -> int:
+    worth = rows * work_per_row // _WORK_PER_TASK
+    return max(1, min(-(-rows // _ROWS_PER_TASK), _TASKS_PER_THREAD * threads, worth))
 
 
 def _bind(
@@ -67,8 +75,7 @@ def forward(
     kernels = load_kernels()
     threads = 1 if isinstance(kernels, str) else kernels.thread_count()
     codes, features = centers_KD.shape
-    worth = rows * codes * (features + 16) // _WORK_PER_TASK
-    tasks = max(1, min(-(-rows // _ROWS_PER_TASK), _TASKS_PER_THREAD * threads, worth))
+    tasks = _tasks(rows, codes * (features + _EXPONENTIAL), threads)
     call, _ = _bind("forward", x_ND, centers_KD, temperature, eps, tasks, isa)
     best = torch.empty(rows, dtype=torch.int64)
     scalars = torch.empty(4, rows, dtype=centers_KD.dtype)
@@ -102,3 +109,84 @@ def backward(
     if any(needs):
         call(grads.data_ptr(), *places)
     return grad_x, grad_centers
+
+
+# What a call writes and nobody reads after it, with its address and its bytes: the next call, of
+# any assigner, has it in its cache.
+_spare: list[tuple[Tensor, int, int]] = []
+
+
+def _scratch(needed: int) -> tuple[Tensor, int, int]:
+    try:
+        scratch = _spare.pop()  # in one step: another thread gets another one
+    except IndexError:
+        scratch = torch.empty(0), 0, -1
+    if scratch[2] < needed:
+        memory = torch.empty(needed, dtype=torch.uint8)
+        return memory, memory.data_ptr(), needed
+    return scratch
+
+
+class Assigner:
+    """A plan (csrc/soft_assign/kernel.h) of what a frame was when it was bound."""
+
+    looks_first = True
+
+    def __init__(self, frame: Frame, *, isa: str | None = None) -> None:
+        kernels = load_kernels()
+        if isinstance(kernels, str):
+            raise RuntimeError(kernels)
+        centers, basis = frame.centers, frame.basis
+        (codes, features), inputs = centers.shape, frame.inputs
+        shape = DTYPE_CODES[centers.dtype], codes, features, inputs
+        isa = isa or active_isa()
+        self._memory = torch.empty(kernels.soft_assign_plan_bytes(*shape), dtype=torch.uint8)
+        plan = self._memory.data_ptr()
+        places = (0 if tensor is None else tensor.data_ptr() for tensor in frame[:3])
+        strides = (0, 0) if basis is None else basis.stride()
+        bind = getattr(kernels, f"soft_assign_bind_{isa}")
+        # Lays out what the frame's tensors hold now.
+        numbers = frame.temperature, frame.eps
+        self.refresh = functools.partial(bind, *places, *strides, *shape, *numbers, plan)
+        self.refresh()
+        self._frame = frame
+        self._assign = getattr(kernels, f"soft_assign_assign_{isa}")
+        exchange = torch.Tensor.__dlpack_c_exchange_api__
+        self._reader = kernels.RowsReader(exchange, torch.Tensor, inputs, plan)
+        self._thread_count = kernels.thread_count
+        self._task_bytes = kernels.soft_assign_task_bytes(plan)
+        self._dtype, self._features = centers.dtype, features
+        mapping = 0 if basis is None else inputs * features
+        self._work_of_distance = mapping + codes * features
+        self._work_of_code = self._work_of_distance + codes * _EXPONENTIAL
+
+    def distance(self, x: Tensor) -> Tensor | None:
+        """See `BoundAssigner`."""
+        distance = torch.empty(x.shape[:-1], dtype=self._dtype)
+        rows = distance.numel()
+        is_done = self._run(x, rows, self._work_of_distance, 0, distance.data_ptr(), 0)
+        return distance if is_done else None
+
+    def assign(self, x: Tensor, is_mapped_wanted: bool) -> Assignment | None:
+        """See `BoundAssigner`."""
+        shape = x.shape[:-1]
+        best = torch.empty(shape, dtype=torch.int64)
+        scalars = torch.empty(3, *shape, dtype=self._dtype)
+        mapped = (
+            torch.empty(*shape, self._features, dtype=self._dtype) if is_mapped_wanted else None
+        )
+        to_mapped = 0 if mapped is None else mapped.data_ptr()
+        to = best.data_ptr(), scalars.data_ptr(), to_mapped
+        if not self._run(x, best.numel(), self._work_of_code, *to):
+            return None
+        distance, length, entropy = scalars.unbind()
+        return Assignment(best, distance, length, entropy, mapped)
+
+    def _run(self, x: Tensor, rows: int, work: int, best: int, scalars: int, mapped: int) -> bool:
+        tasks = _tasks(rows, work, self._thread_count())
+        scratch = _scratch(tasks * self._task_bytes)
+        is_done: bool = self._assign(
+            self._reader, x, rows, tasks, scratch[1], best, scalars, mapped
+        )
+        _spare.append(scratch)
+        return is_done

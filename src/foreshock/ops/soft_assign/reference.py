@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from foreshock.ops.soft_assign.frame import Assignment, Frame
+
 _ELEMENTS = 1 << 18  # of rows times codes that are held at a time
 
 Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -18,9 +20,9 @@ def why_unavailable(device_type: str) -> str | None:
 
 
 def blocks(rows: int, codes: int) -> Iterator[slice]:
-    """Rows that are worked on at a time."""
+    """Rows that are worked on at a time; of none, one block of none."""
     step = max(1, _ELEMENTS // codes)
-    return (slice(begin, begin + step) for begin in range(0, rows, step))
+    return (slice(begin, begin + step) for begin in range(0, max(1, rows), step))
 
 
 def squared_distances(x_ND: Tensor, centers_KD: Tensor) -> Tensor:
@@ -61,6 +63,36 @@ def forward(x_ND: Tensor, centers_KD: Tensor, temperature: float, eps: float) ->
     best, *scalars = map(torch.cat, zip(*parts, strict=True))
     distance, length, entropy, log_normaliser = (s.to(centers_KD.dtype) for s in scalars)
     return best, distance, length, entropy, log_normaliser
+
+
+class Assigner:
+    """z = (x - offset) @ basis and its codes, through float64."""
+
+    looks_first = False
+
+    def __init__(self, frame: Frame) -> None:
+        self._frame = frame
+
+    def refresh(self) -> None:
+        """Nothing was laid out."""
+
+    def distance(self, x_ND: Tensor) -> Tensor:
+        """See `BoundAssigner`."""
+        return self.assign(x_ND, False).distance
+
+    @torch.no_grad()
+    def assign(self, x_ND: Tensor, is_mapped_wanted: bool) -> Assignment:
+        """See `BoundAssigner`."""
+        centers, offset, basis, temperature, eps = self._frame
+        z_NE = x_ND.double()
+        if offset is not None:
+            z_NE = z_NE - offset.double()
+        if basis is not None:
+            with torch.autocast(z_NE.device.type, enabled=False):
+                z_NE = z_NE @ basis.double()
+        best, distance, length, entropy, _ = forward(z_NE, centers, temperature, eps)
+        mapped = z_NE.to(centers.dtype) if is_mapped_wanted else None
+        return Assignment(best, distance, length, entropy, mapped)
 
 
 @torch.no_grad()

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from foreshock.ops._backend import choose
+from foreshock.ops.soft_assign import composed
+from foreshock.ops.soft_assign.frame import BoundAssigner, Frame
 from foreshock.ops.soft_assign.reference import Saved
 
 _library = torch.library.Library("foreshock", "FRAGMENT")
@@ -38,6 +40,15 @@ def _bind(x: Tensor, centers: Tensor) -> tuple[ModuleType, Tensor, Tensor]:
     x = x.to(dtype) if dtype == torch.float64 else x
     module = choose("soft_assign", x.device.type).module
     return module, x.contiguous(), centers.to(dtype).contiguous()
+
+
+def bind_assigner(frame: Frame) -> BoundAssigner:
+    """An assigner of the implementation that serves the device of the centers."""
+    module = choose("soft_assign", frame.centers.device.type).module
+    if not hasattr(module, "Assigner"):
+        return composed.Assigner(frame, module)
+    bound: BoundAssigner = module.Assigner(frame)
+    return bound
 
 
 @torch.no_grad()
