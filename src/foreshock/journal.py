@@ -70,6 +70,8 @@ class Journal:
     Args:
         out_dir: the run's directory; made if it is not there.
         config: the resolved configuration, for config.json.
+        is_written: whether anything is written to files.
+        is_spoken: whether anything is said on the console.
     Raises:
         TypeError: out_dir is no path.
         OSError: out_dir cannot be written to; says so.
@@ -78,20 +80,23 @@ class Journal:
         disk but `write_summary`, and nothing raises because of it.
     """
 
-    def __init__(self, out_dir: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        out_dir: str | os.PathLike[str],
+        config: Mapping[str, Any],
+        *,
+        is_written: bool = True,
+        is_spoken: bool = True,
+    ) -> None:
         if not isinstance(out_dir, str | os.PathLike) or not os.fspath(out_dir):
             raise TypeError(f"out_dir is {out_dir!r}; accepted: the path of a directory")
         self.out_dir = Path(out_dir)
         """The run's directory."""
-        try:
-            self.out_dir.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.out_dir / "config.json", dump_json(to_json_object(config)))
-            self._ledger = self._open_ledger()
-            self._telemetry = TelemetryWriter(self.out_dir / "telemetry.jsonl", ledger=self._ledger)
-        except OSError as error:
-            # The class of the error follows from its number.
-            why = f"out_dir cannot be written to ({error.strerror}); accepted: a directory that can"
-            raise OSError(error.errno, why, str(self.out_dir)) from error
+        self._is_spoken = is_spoken
+        self._ledger: Ledger | None = None
+        self._telemetry: TelemetryWriter | None = None
+        if is_written:
+            self._open_files(config)
         self._counts: Counter[type] = Counter()
         self._num_unledgered = 0
         self._abort: dict[str, Any] | None = None
@@ -103,6 +108,17 @@ class Journal:
         """Steps judged, those run again counted again."""
         self.latest: dict[str, object] = {}
         """What `record_telemetry` has written last."""
+
+    def _open_files(self, config: Mapping[str, Any]) -> None:
+        try:
+            self.out_dir.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.out_dir / "config.json", dump_json(to_json_object(config)))
+            self._ledger = self._open_ledger()
+            self._telemetry = TelemetryWriter(self.out_dir / "telemetry.jsonl", ledger=self._ledger)
+        except OSError as error:
+            # The class of the error follows from its number.
+            why = f"out_dir cannot be written to ({error.strerror}); accepted: a directory that can"
+            raise OSError(error.errno, why, str(self.out_dir)) from error
 
     # ---- time
 
@@ -132,13 +148,19 @@ class Journal:
         if isinstance(event, Aborted):
             self._abort = {"step": event.step, **said}
         name = _name(event)
-        self._telemetry.write(name, event.step, **said)
+        if self._telemetry is not None:
+            self._telemetry.write(name, event.step, **said)
         if _belongs_in_ledger(event):
             self._write_to_ledger(name, event.step, said)
         if isinstance(event, RolledBack) and event.lr_factor != 1:
             self._write_to_ledger("lr_changed", event.step, {"lr_factor": event.lr_factor})
         if isinstance(event, Resumed):
             self._resumed_from_step = event.step
+        if self._is_spoken:
+            self._say(event)
+
+    def _say(self, event: Event) -> None:
+        kind = type(event)
         limit = _MAX_WARNINGS.get(kind, _MAX_WARNINGS_OF_A_KIND)
         if isinstance(event, SnapshotSaved):
             _log.debug("step %d: %s", event.step, _sentence(event))
@@ -154,7 +176,8 @@ class Journal:
         self._autopsies[event.cause] += 1
         file: str | None = None
         try:
-            file = str(write_autopsy(self.out_dir, event.step, str(event), event))
+            if self._telemetry is not None:
+                file = str(write_autopsy(self.out_dir, event.step, str(event), event))
         except OSError as error:
             _log.warning("the autopsy of step %d could not be written: %s", event.step, error)
         return {
@@ -171,11 +194,13 @@ class Journal:
         """Writes down what was measured at a step."""
         measured["overhead_ms"] = self.mean_overhead_ms
         self.latest = {"step": step, **measured}
-        self._telemetry.write("telemetry", step, **measured)
+        if self._telemetry is not None:
+            self._telemetry.write("telemetry", step, **measured)
 
     def flush(self, timeout: float) -> None:
         """Waits until what was recorded is on disk, but no longer than this many seconds."""
-        self._telemetry.flush(timeout)
+        if self._telemetry is not None:
+            self._telemetry.flush(timeout)
 
     def _open_ledger(self) -> Ledger | None:
         try:
@@ -189,6 +214,8 @@ class Journal:
             return None
 
     def _write_to_ledger(self, event: str, step: int, evidence: dict[str, Any]) -> None:
+        if self._telemetry is None:
+            return
         if self._ledger is None:
             self._num_unledgered += 1
             return
@@ -200,7 +227,8 @@ class Journal:
 
     def close(self) -> None:
         """Ends telemetry.jsonl and ledger.jsonl."""
-        self._telemetry.close()
+        if self._telemetry is not None:
+            self._telemetry.close()
 
     def write_summary(
         self,
@@ -221,13 +249,14 @@ class Journal:
             "spectral": None if spectral is None else dict(spectral),
             "overhead": self._overhead(),
             "ledger_head": None if self._ledger is None else self._ledger.head,
-            "dropped_records": self._telemetry.dropped_records,
+            "dropped_records": 0 if self._telemetry is None else self._telemetry.dropped_records,
             "lost_ledger_records": (
                 self._num_unledgered if self._ledger is None else self._ledger.lost_records
             ),
         }
         try:
-            write_summary(self.out_dir / "summary.json", summary)
+            if self._telemetry is not None:
+                write_summary(self.out_dir / "summary.json", summary)
         except OSError as error:
             _log.warning("summary.json could not be written: %s", error)
         return summary

@@ -20,6 +20,7 @@ from foreshock.guard import (
     BatchSource,
     Event,
     Guard,
+    JointWatch,
     LaggingWatch,
     RolledBack,
     Seen,
@@ -28,7 +29,9 @@ from foreshock.guard import (
     Verdict,
     Watch,
     can_lag,
+    find_ranks,
     make_source,
+    named_parameters,
 )
 from foreshock.guard.clipping import NonfiniteNorm, as_max_norm
 from foreshock.host_read import read
@@ -41,6 +44,8 @@ from foreshock.spectral_risk import SpectralRisk
 from foreshock.step_watch import StepWatch
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from foreshock.surprise import SurpriseProbe
 
 __all__ = ["Monitor", "MonitorSettings", "Verdict"]
@@ -59,7 +64,8 @@ class MonitorSettings(Settings):
     """Cadence of the monitor; what may be done about a bad step is `Guard`'s."""
 
     accepted_beside: ClassVar[tuple[str, ...]] = (
-        "model", "optimizer", "out_dir", "guard", "state", "surprise", "sync"
+        "model", "optimizer", "out_dir", "guard", "state", "surprise", "sync",
+        "process_group",
     )  # fmt: skip
 
     telemetry_interval: PositiveInt = 10
@@ -96,6 +102,8 @@ class MonitorSettings(Settings):
     """Steps between looks at whether an update goes where its gradient points."""
     surprise_interval: PositiveInt = 50
     """Steps between looks at how surprising a batch is, if there is a probe."""
+    rank_records: bool = False
+    """Whether every rank but the first keeps records too, in `rank_00001` and so on in out_dir."""
 
 
 class Monitor:
@@ -132,16 +140,22 @@ class Monitor:
             step, and telemetry says how unlike that the batch was.
         sync: whether the verdict is always that of the present step. On a CUDA device it is that of
             the step before where the optimizer is fused, or the guard only observes.
+        process_group: the ranks that train this model together, each with a monitor of its own;
+            all reach the same verdict, and only the first writes records. None: those of the
+            default group, if the model is wrapped in DistributedDataParallel or its parameters are
+            DTensors.
         more: the other fields of `MonitorSettings`; one that is unknown is answered with the
             nearest that there is.
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is accepted.
         OSError: out_dir cannot be written to.
+        RanksLost: in a later call: another rank has ended, or hangs.
     Cost:
-        Per step one read of the gradients and one of the parameters. On an accelerator each is
-        waited for, unless the verdict is that of the step before (see `sync`). Snapshots (in
-        `recover` mode) copy model and optimizer into host memory. Every `spectral_interval` steps
-        up to 14 reads of the weight matrices.
+        Per step one read of the gradients and one of the parameters, and of many ranks one
+        all_reduce of 128 bytes (docs/ranks.md). On an accelerator each is waited for, unless the
+        verdict is that of the step before (see `sync`). Snapshots (in `recover` mode) copy model
+        and optimizer into host memory. Every `spectral_interval` steps up to 14 reads of the weight
+        matrices.
     """
 
     def __init__(
@@ -157,6 +171,7 @@ class Monitor:
         spectral_interval: int = 50,
         surprise: SurpriseProbe | None = None,
         sync: bool = False,
+        process_group: ProcessGroup | None = None,
         **more: Any,
     ) -> None:
         _require(isinstance(model, torch.nn.Module), "model", model, "a torch.nn.Module")
@@ -180,11 +195,11 @@ class Monitor:
             state["noise"] = self._noise
         self._watches = self._make_watches(model, surprise)
         state.update({n: w for n, w in self._watches.items() if isinstance(w, Stateful)})
-        lags = not sync and can_lag(model, optimizer, self._guard, _LAGGING_DEVICE)
-        watch = LaggingWatch if lags else Watch
-        self._watch = watch(model, optimizer, state, self._guard, self._record)
+        parameters = list(named_parameters(model, optimizer).values())
+        self._ranks = find_ranks(model, parameters, process_group)
+        self._watch = self._make_watch(model, state, sync)
         self._risk = None if spectra is None else self._make_risk(spectra)
-        self._journal = Journal(out_dir, self._config(spectra))
+        self._journal = self._open_journal(out_dir, self._config(spectra))
         self._summary: dict[str, Any] | None = None
         self._has_failed_inside = False
         self._gate = StepGate(
@@ -194,6 +209,23 @@ class Monitor:
             self._admit,
             self._note_call,
         )
+
+    def _make_watch(
+        self, model: torch.nn.Module, state: Mapping[str, Stateful], sync: bool
+    ) -> Watch:
+        given = (model, self._optimizer, state, self._guard, self._record)
+        if self._ranks is not None:
+            return JointWatch(*given, self._ranks)
+        lags = not sync and can_lag(model, self._optimizer, self._guard, _LAGGING_DEVICE)
+        return (LaggingWatch if lags else Watch)(*given)
+
+    def _open_journal(self, out_dir: str | os.PathLike[str], config: Mapping[str, Any]) -> Journal:
+        rank = 0 if self._ranks is None else self._ranks.rank
+        if rank == 0:
+            return Journal(out_dir, config)
+        is_written = self._settings.rank_records
+        own = Path(out_dir) / f"rank_{rank:05d}"
+        return Journal(own, config, is_written=is_written, is_spoken=False)
 
     def _follow_spectra(self, model: torch.nn.Module) -> SpectralWatch | None:
         given = self._settings
@@ -301,6 +333,8 @@ class Monitor:
         norm_type: float = 2.0,
         error_if_nonfinite: bool = False,
         foreach: bool | None = None,
+        *,
+        loss: torch.Tensor | float | None = None,
     ) -> torch.Tensor:
         """Clips the gradients of all parameters together, as `foreshock.clip_grad_norm_` does.
 
@@ -312,6 +346,8 @@ class Monitor:
             norm_type: 2 or inf.
             error_if_nonfinite: whether a norm that is NaN or infinite is an error.
             foreach: accepted as torch does; there is one way only.
+            loss: of the step, as it will be given to `step`. Of many ranks: what they have to tell
+                each other for the verdict then travels with the norm, and `step` sends nothing.
         Returns:
             The norm before clipping, (), float64 if a gradient is, else float32; NaN or infinite if
             a gradient is.
@@ -327,6 +363,8 @@ class Monitor:
             raise ValueError(f"norm_type is {norm_type!r}; accepted: 2 and inf")
         begun = self._journal.begin()
         try:
+            if self._ranks is not None and loss is not None:
+                self._watch.expect_loss(_as_number(loss, "loss"))
             clip = functools.partial(self._watch.clip, limit, norm_type, error_if_nonfinite)
             norm = self._safely(clip, None)
             if norm is not None:
@@ -397,6 +435,10 @@ class Monitor:
         return verdict
 
     @property
+    def _is_first(self) -> bool:
+        return self._ranks is None or self._ranks.rank == 0
+
+    @property
     def latest(self) -> dict[str, Any]:
         """The last telemetry record, as telemetry.jsonl has it; empty before the first."""
         return dict(self._journal.latest)
@@ -416,7 +458,7 @@ class Monitor:
             for watch in self._watches.values():
                 self._safely(watch.close, None)
             self._safely(self._watch.history.finish, None)
-            if self._noise is not None:
+            if self._noise is not None and self._is_first:
                 save = functools.partial(self._noise.save, self._journal.out_dir)
                 self._safely(save, None)
             self._journal.close()
@@ -427,6 +469,8 @@ class Monitor:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if exception and exception[0] is not None:
+            self._watch.leave()  # the other ranks may be elsewhere
         self.finalize()
 
     # ---- time and faults of our own

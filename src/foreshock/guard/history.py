@@ -155,10 +155,13 @@ class History:
             self.is_requested = False
             self._gradients.carries_values = is_within_accumulation
             self._claim_folder()
-            snapshot = self.ring.take(step)
-            if snapshot is not None:
-                self._note_place(snapshot)
+            self._take(step)
         self._forget_old_batches()
+
+    def _take(self, step: int) -> None:
+        snapshot = self.ring.take(step)
+        if snapshot is not None:
+            self._note_place(snapshot)
 
     def _note_place(self, snapshot: Snapshot) -> None:
         source = self.source

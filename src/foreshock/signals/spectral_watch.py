@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from foreshock.distributed_part import is_split
 from foreshock.host_read import Later
 from foreshock.ops import PowerIterator
 from foreshock.signals.configuration import SpectralSettings
@@ -235,6 +236,8 @@ def _why_not_read(parameter: Tensor) -> str | None:
         return "not initialised yet"
     if parameter.dim() < 2:
         return ""
+    if is_split(parameter):
+        return "split over ranks"
     if not parameter.requires_grad:
         return "not trained"
     if parameter.dtype not in _READ_DTYPES or parameter.layout is not torch.strided:

@@ -1,0 +1,124 @@
+"""The way back of many ranks, each with its own part of the state: all go the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from foreshock.guard.configuration import Guard
+from foreshock.guard.consensus import Consensus
+from foreshock.guard.events import Event, SnapshotDropped
+from foreshock.guard.history import History
+from foreshock.guard.persistence import SnapshotFolder, find_newest
+from foreshock.guard.snapshots import Snapshot
+from foreshock.guard.state import Stateful
+
+_NONE = -1
+
+
+def folder_of(path: Path, rank: int) -> Path:
+    """Where a rank keeps its parts of the snapshots."""
+    return path / f"rank_{rank:05d}"
+
+
+class JointHistory(History):
+    """A `History` whose snapshots are in parts, one on each rank.
+
+    A snapshot is taken, promoted and restored by all ranks at the same step. One of which a rank
+    has lost its part is dropped by all.
+
+    Args:
+        model, optimizer, state, guard, told, run: as for `History`; of this rank.
+        ranks: that have the other parts.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: Mapping[str, Stateful],
+        guard: Guard,
+        told: Callable[[Event], None],
+        run: Mapping[str, Stateful],
+        ranks: Consensus,
+    ) -> None:
+        super().__init__(model, optimizer, state, guard, self._tell, run)
+        self._ranks = ranks
+        self._tell_of = told
+        self._sharded = [m for m in model.modules() if hasattr(m, "reshard")]
+        self._has_lost = False
+        self.last_tried = _NONE
+        """The last step of which a snapshot was taken, or would have been."""
+
+    def _tell(self, event: Event) -> None:
+        if isinstance(event, SnapshotDropped):
+            self._has_lost = True
+        self._tell_of(event)
+
+    def _take(self, step: int) -> None:
+        self.last_tried = step
+        for module in self._sharded:
+            module.reshard()  # type: ignore[operator]  # an evaluation may have left it whole
+        super()._take(step)
+
+    def has_lost(self) -> bool:
+        """Whether this rank has lost its part of a snapshot since the ranks agreed on them.
+
+        Cost: waits for copies that are under way.
+        """
+        self.ring.settle()
+        return self._has_lost
+
+    def drop_what_a_rank_lost(self) -> None:
+        """Drops the snapshots that are not complete any more; all ranks do at the same place.
+
+        Cost: two all_reduces or so a snapshot.
+        """
+        steps = sorted(kept.step for kept in self.ring.entries)
+        complete = []
+        bound = steps[-1] if steps else _NONE
+        while (step := self._newest_of_all(steps, bound)) != _NONE:
+            complete.append(step)
+            bound = step - 1
+        self.ring.keep_only(complete, "a rank has lost its part of it")
+        self._has_lost = False
+
+    def find_good(self, step: int) -> Snapshot | None:
+        bound = step - self._guard.min_depth
+        while True:
+            mine = self.ring.newest_good(bound)
+            low, high = self._ranks.bounds(_NONE if mine is None else mine.step)
+            if low == high:
+                return mine
+            bound = low
+
+    def find_saved(self, where: Path) -> tuple[Path, Snapshot] | None:
+        """The newest snapshot of which all ranks find their part, in a directory of each."""
+        own = SnapshotFolder(folder_of(where, self._ranks.rank))
+        steps = own.steps()
+        bound = steps[-1] if steps else _NONE
+        while (step := self._newest_of_all(steps, bound)) != _NONE:
+            found = self._find_part(own.file(step))
+            if self._ranks.bounds(0 if found is None else 1)[0]:
+                return found
+            bound = step - 1
+        return None
+
+    def _find_part(self, file: Path) -> tuple[Path, Snapshot] | None:
+        try:
+            return find_newest(file, self._told)
+        except (ValueError, OSError) as error:
+            step = int(file.stem.removeprefix("step_"))
+            self._told(SnapshotDropped(step, f"{file}: {error}"))
+            return None
+
+    def _newest_of_all(self, steps: list[int], bound: int) -> int:
+        """The newest step up to this one that every rank has among its own; -1: there is none."""
+        while True:
+            mine = max((step for step in steps if step <= bound), default=_NONE)
+            low, high = self._ranks.bounds(mine)
+            if low == high:
+                return low
+            bound = low

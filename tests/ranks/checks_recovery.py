@@ -1,0 +1,145 @@
+"""All ranks return to the same step, and end with the same bits as if nothing had happened."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import foreshock as fs
+from foreshock.distributed_part import local_part
+from tests.monitor.training import flip_exponent
+from tests.ranks.training import (
+    KINDS,
+    How,
+    Run,
+    Strike,
+    assert_same_on_all_ranks,
+    parameter,
+    train,
+)
+
+
+def nan_in_weight(model: nn.Module, optimizer: Any) -> None:
+    local_part(parameter(model, "down.weight")).view(-1)[0] = math.nan
+
+
+def flipped_bit(model: nn.Module, optimizer: Any) -> None:
+    """The lowest of the mantissa: nobody would see it in any number."""
+    weight = local_part(parameter(model, "norm.weight")).view(-1)
+    weight.view(torch.int32)[0] ^= 1
+
+
+def flipped_moment(model: nn.Module, optimizer: Any) -> None:
+    flip_exponent(local_part(optimizer.state[parameter(model, "up.weight")]["exp_avg"]))
+
+
+def check_a_run_that_was_struck_ends_bit_identical(out: Path) -> None:
+    for kind in KINDS:
+        for is_fused in (False, True):
+            how = How(is_fused=is_fused)
+            clean = train(kind, out / f"{kind} {is_fused} clean", how=how)
+            assert not clean.bad
+            for number, strike in enumerate(
+                [
+                    Strike(9, 1, nan_in_weight),
+                    Strike(13, 0, nan_in_weight, "clip"),
+                    Strike(15, 1, nan_in_weight, "clip"),  # found when the loop is at its end
+                ]
+            ):
+                name = f"{kind} {is_fused} {number}"
+                run = train(kind, out / name, strike, how=how, clean_steps=1)
+                assert_same_on_all_ranks([(v.step, v.action) for v in run.verdicts])
+                assert run.summary["guard"]["total_rollbacks"] == 1, name
+                assert run.bits() == clean.bits(), name
+                to = [e["to_step"] for e in rolled_back(out / name)]
+                assert to == [8 if strike.step == 9 else 12]
+
+
+def rolled_back(out: Path) -> list[dict[str, Any]]:
+    told = fs.records.read_telemetry(out / "telemetry.jsonl").records
+    return [r for r in told if r["event"] == "rollback_success"]
+
+
+def check_a_flipped_bit_in_a_rank_is_named_and_undone(out: Path) -> None:
+    for kind in KINDS:
+        clean = train(kind, out / f"{kind} clean", verify_state=True)
+        run = train(kind, out / kind, Strike(11, 1, flipped_moment), verify_state=True)
+        assert_same_on_all_ranks([(v.step, v.action) for v in run.verdicts])
+        (bad,) = run.bad
+        assert bad.step == 11
+        assert bad.reasons[0] is fs.guard.Reason.STATE_CHANGED
+        assert bad.offender.rank == 1
+        assert "up.weight: exp_avg" in bad.offender.name
+        assert run.bits() == clean.bits()
+
+
+def check_a_copy_that_was_changed_by_a_bit_is_named_within_the_interval(out: Path) -> None:
+    for kind in ("ddp", "tp"):
+        clean = train(kind, out / f"{kind} clean", snapshot_interval=4)
+        for interval, step in ((1, 6), (5, 10)):
+            name = f"{kind} {interval}"
+            strike = Strike(6, 1, flipped_bit)
+            run = train(kind, out / name, strike, snapshot_interval=4, replica_interval=interval)
+            assert_same_on_all_ranks([(v.step, v.action, str(v.offender)) for v in run.verdicts])
+            (bad,) = run.bad
+            # The snapshot of step 8 is compared too, or it would be trusted.
+            assert bad.step == min(step, 8)
+            assert bad.reasons == (fs.guard.Reason.REPLICAS_DIFFER,)
+            assert bad.offender.name.endswith("norm.weight")
+            assert bad.offender.ranks == ((0, 1) if dist.get_world_size() == 2 else (1,))
+            assert run.bits() == clean.bits()
+
+
+def check_a_snapshot_that_a_rank_has_lost_is_dropped_by_all(out: Path) -> None:
+    for kind in KINDS:
+        found: dict[str, Any] = {}
+
+        def lose(run: Run, step: int, kept: dict[str, Any] = found) -> None:
+            """One rank's copy of step 8 is lost; of step 4's, what is in it has changed."""
+            ring = run.model.watched.history.ring
+            if step == 8 and dist.get_rank() == 1:
+                ring.keep_only([e.step for e in ring.entries if e.step != 8], "lost on purpose")
+            if step == 11:
+                kept["steps"] = [e.step for e in ring.entries]
+            if step == 11 and dist.get_rank() == 0:
+                changed = next(e for e in ring.entries if e.step == 4)
+                next(iter(changed.saved["parameters"].values())).view(-1)[0] += 1
+
+        run = train_watched(kind, out / kind, lose, Strike(11, 1, nan_in_weight))
+        assert_same_on_all_ranks([(v.step, v.action) for v in run.verdicts])
+        assert found["steps"] == [0, 4]
+        assert [e["to_step"] for e in rolled_back(out / kind)] == [0]
+        assert run.bits() == train(kind, out / f"{kind} clean").bits()
+
+
+def train_watched(kind: str, out: Path, at_step: Any, *strikes: Strike) -> Run:
+    """With the watch where `at_step` finds it."""
+    made = fs.Monitor._make_watch
+
+    def make_watch(self: fs.Monitor, model: Any, *args: Any) -> Any:
+        watch = made(self, model, *args)
+        object.__setattr__(model, "watched", watch)
+        return watch
+
+    fs.Monitor._make_watch = make_watch  # type: ignore[method-assign]
+    try:
+        return train(kind, out, *strikes, at_step=at_step)
+    finally:
+        fs.Monitor._make_watch = made  # type: ignore[method-assign]
+
+
+def check_no_way_back_on_one_rank_ends_the_run_on_all(out: Path) -> None:
+    def lose_all(run: Run, step: int) -> None:
+        if step == 5 and dist.get_rank() == 1:
+            run.model.watched.history.ring.keep_only([], "lost on purpose")
+
+    run = train_watched("fsdp2", out, lose_all, Strike(5, 0, nan_in_weight, "clip"))
+    assert_same_on_all_ranks([(v.step, v.action) for v in run.verdicts])
+    assert run.verdicts[-1].action is fs.Action.ABORT
+    assert not run.verdicts[-1]
+    assert fs.guard.Reason.NO_SNAPSHOT in run.verdicts[-1].reasons
