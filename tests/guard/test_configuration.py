@@ -26,6 +26,7 @@ BAD = {
     "skip_batches": 0.5,
     "persist_dir": 5,
     "verify_state": "perhaps",
+    "replica_interval": -1,
 }
 
 
@@ -38,6 +39,7 @@ def test_defaults_are_the_specified_ones() -> None:
         "clean_steps": 2,
         "min_depth": 0,
         "check_interval": 1,
+        "replica_interval": 100,
         "verify_state": False,
         "violation_threshold": 1e6,
         "spike_window": 128,

@@ -37,7 +37,7 @@ class RankFailed(RuntimeError):
 class Share(NamedTuple):
     """What one rank has found; added up over the ranks, what all of them have.
 
-    16 numbers, 128 bytes.
+    15 numbers, 120 bytes.
     """
 
     gradient_nan: float = 0.0
@@ -59,16 +59,16 @@ class Share(NamedTuple):
     """Ranks that have lost their part of a snapshot."""
     failed: float = 0.0
     """Ranks whose monitor has failed."""
-    copies_0: float = 0.0
-    copies_1: float = 0.0
-    copies_2: float = 0.0
-    copies_3: float = 0.0
+    unsaved: float = 0.0
+    """Ranks whose part of the last snapshot is not on disk."""
+    low_words: float = 0.0
+    high_words: float = 0.0
     """Weighted checksums of what several ranks hold, 0 over all ranks if they hold the same."""
 
     @property
-    def copies(self) -> tuple[float, float, float, float]:
-        """The four parts of the weighted checksums."""
-        return self.copies_0, self.copies_1, self.copies_2, self.copies_3
+    def have_copies_differed(self) -> bool:
+        """Whether what several ranks hold is not the same on all of them."""
+        return bool(self.low_words or self.high_words)
 
 
 class Consensus:
@@ -94,7 +94,7 @@ class Consensus:
     def share(self, found: Share) -> Share:
         """Adds up what the ranks have found.
 
-        Cost: one all_reduce of 128 bytes.
+        Cost: one all_reduce of 120 bytes.
         """
         return Share(*self._reduced(found, "SUM").tolist())
 

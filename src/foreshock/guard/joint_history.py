@@ -11,7 +11,7 @@ from foreshock.guard.configuration import Guard
 from foreshock.guard.consensus import Consensus
 from foreshock.guard.events import Event, SnapshotDropped
 from foreshock.guard.history import History
-from foreshock.guard.persistence import SnapshotFolder, find_newest
+from foreshock.guard.persistence import Saver, SnapshotFolder, find_newest
 from foreshock.guard.snapshots import Snapshot
 from foreshock.guard.state import Stateful
 
@@ -49,8 +49,11 @@ class JointHistory(History):
         self._tell_of = told
         self._sharded = [m for m in model.modules() if hasattr(m, "reshard")]
         self._has_lost = False
+        self._given: int | None = None
         self.last_tried = _NONE
         """The last step of which a snapshot was taken, or would have been."""
+        if self._saver is not None:
+            self._saver.removes_before = _NONE
 
     def _tell(self, event: Event) -> None:
         if isinstance(event, SnapshotDropped):
@@ -62,6 +65,26 @@ class JointHistory(History):
         for module in self._sharded:
             module.reshard()  # type: ignore[operator]  # an evaluation may have left it whole
         super()._take(step)
+
+    def _save(self, saver: Saver, snapshot: Snapshot) -> None:
+        self._given = snapshot.step
+        super()._save(saver, snapshot)
+
+    def return_to(self, snapshot: Snapshot, fetched_since: int = 0) -> None:
+        super().return_to(snapshot, fetched_since)
+        self._given = None
+        if self._saver is not None:
+            self._saver.removes_before = _NONE
+
+    @property
+    def has_unsaved(self) -> bool:
+        """Whether this rank's part of what was to be written last is not on disk."""
+        return self._saver is None or self._given is None or self._saver.saved_step != self._given
+
+    def note_all_saved(self) -> None:
+        """All parts of it are on disk; what is older may be removed."""
+        if self._saver is not None and self._given is not None:
+            self._saver.removes_before = self._given
 
     def has_lost(self) -> bool:
         """Whether this rank has lost its part of a snapshot since the ranks agreed on them.
@@ -95,9 +118,14 @@ class JointHistory(History):
             bound = low
 
     def find_saved(self, where: Path) -> tuple[Path, Snapshot] | None:
-        """The newest snapshot of which all ranks find their part, in a directory of each."""
+        """The newest snapshot of which all ranks find their part, in a directory of each.
+
+        Raises:
+            ValueError: it was another number of ranks that has left them.
+        """
         own = SnapshotFolder(folder_of(where, self._ranks.rank))
         steps = own.steps()
+        self._refuse_other_ranks(where, has_some=bool(steps))
         bound = steps[-1] if steps else _NONE
         while (step := self._newest_of_all(steps, bound)) != _NONE:
             found = self._find_part(own.file(step))
@@ -105,6 +133,16 @@ class JointHistory(History):
                 return found
             bound = step - 1
         return None
+
+    def _refuse_other_ranks(self, where: Path, *, has_some: bool) -> None:
+        size = self._ranks.size
+        low, high = self._ranks.bounds(int(has_some))
+        are_all, _ = self._ranks.bounds(int(not folder_of(where, size).exists()))
+        if low != high or not are_all:
+            raise ValueError(
+                f"the snapshots in {str(where)!r} are not those of {size} ranks; accepted: as many "
+                "ranks as have taken them, each of which finds its own"
+            )
 
     def _find_part(self, file: Path) -> tuple[Path, Snapshot] | None:
         try:

@@ -29,7 +29,7 @@ _log = logging.getLogger("foreshock")
 class JointWatch(Watch):
     """A `Watch` on every rank, with one verdict.
 
-    What the ranks have found is added up in one all_reduce of 128 bytes: with the norm of gradients
+    What the ranks have found is added up in one all_reduce of 120 bytes: with the norm of gradients
     that are split over ranks, if the loss is known by then, else when the step is judged. All that
     depends on what only one rank sees waits for it. Only a step that has gone wrong takes more
     words: whose tensor it was, and which snapshot all ranks can return to.
@@ -134,6 +134,7 @@ class JointWatch(Watch):
             float(self._asks_for_lower_rate),
             float(self.history.has_lost()),
             0.0,
+            float(self.history.has_unsaved),
             *(self._copies.weighted_sums() if loss is not None and self._compares else ()),
         )
 
@@ -157,6 +158,8 @@ class JointWatch(Watch):
             self.history.drop_what_a_rank_lost()
         if heard.wants_lower_rate:
             self.learning_rate.back_off()
+        if not heard.unsaved:
+            self.history.note_all_saved()
         self._wants_snapshot |= heard.wants_snapshot > 0
 
     def _heard_in_this_step(self) -> Share | None:
@@ -182,7 +185,7 @@ class JointWatch(Watch):
             bad_weights > 0,
             heard.unstable > 0,
             heard.changed_state > 0,
-            have_replicas_differed=any(heard.copies),
+            have_replicas_differed=heard.have_copies_differed,
         )
         return signs, finding
 
