@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,10 +24,16 @@ def torchrun(
     """On a port that is free."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     command = [*launcher, str(size), "--max-restarts", str(restarts), *map(str, args)]
+    # Without the last one gloo may look for the ranks of before the restart (docs/ranks.md).
+    named = {
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
     return subprocess.run(
         command,
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        env={**os.environ, **named},
         capture_output=True,
         text=True,
         timeout=200,
@@ -99,5 +106,5 @@ def free_port() -> int:
 def test_the_example_recovers(example: str, tmp_path: Path) -> None:
     done = torchrun(ROOT / "examples" / example, "--out-dir", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "rolled back to step" in done.stdout
+    assert re.search(r"rolled back: parameter .*weight on rank 1: 1 NaN of", done.stdout)
     assert json.loads((tmp_path / "summary.json").read_text())["guard"]["total_rollbacks"] == 1

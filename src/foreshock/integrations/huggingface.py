@@ -36,7 +36,8 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]
     by the Trainer where the guard only observes, which changes no bit of what is learned; else by
     the monitor, whose norm is that of the same pass. An update that is not to be made never reaches
     the optimizer. A rollback restores model, optimizer, scheduler, GradScaler and random numbers;
-    the Trainer goes on with its next batch. It is told to stop when the guard gives up.
+    the Trainer goes on with its next batch. It is told to stop when the guard gives up. Many ranks
+    decide together.
 
     `logging_nan_inf_filter`, which hides a loss that is NaN behind the mean of those before and
     waits for the device in every step, is switched off.
@@ -127,7 +128,10 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]
             state["scaler"] = trainer.accelerator.scaler
         model = trainer.accelerator.unwrap_model(trainer.model)
         optimizer = _innermost(trainer.optimizer)
-        return Monitor(model, optimizer, self._out_dir, self._guard, state=state, **self._settings)
+        is_of_many = trainer.accelerator.num_processes > 1 and torch.distributed.is_initialized()
+        group = torch.distributed.group.WORLD if is_of_many else None
+        settings = {"process_group": group, **self._settings}
+        return Monitor(model, optimizer, self._out_dir, self._guard, state=state, **settings)
 
     def on_pre_optimizer_step(
         self,
@@ -222,7 +226,7 @@ class _Attached:
         if self._only_observes or not is_plain:
             return self.monitor.clipped_by(lambda: inner(parameters, max_norm, norm_type))
         accelerator.unscale_gradients()
-        return self.monitor.clip_grad_norm_(max_norm, float(norm_type))
+        return self.monitor.clip_grad_norm_(max_norm, float(norm_type), loss=self._loss)
 
     def _log(
         self, inner: Callable[..., Any], logs: dict[str, Any], *args: Any, **kwargs: Any
