@@ -27,6 +27,7 @@ from foreshock.guard import (
     SnapshotNotSaved,
     SnapshotSaved,
     StepExamined,
+    StragglerSeen,
     UpdateSkipped,
 )
 from foreshock.records import (
@@ -52,6 +53,7 @@ _EVENT_NAMES: dict[type, str] = {
     Aborted: "aborted",
     RiskLevelChanged: "risk_level_changed",
     StepExamined: "autopsy",
+    StragglerSeen: "straggler_seen",
 }
 _RESPONSE_NAMES = {
     (Response.TAKE_SNAPSHOT, True): "snapshot_requested",
@@ -307,13 +309,20 @@ def _spelt_out(event: Event) -> dict[str, Any]:
             said["reason"] = value[0].value
             said["reasons"] = [reason.value for reason in value]
         elif name == "offender":
-            said["offender"] = None if value is None else dict(vars(value))
+            said["offender"] = None if value is None else _described(value)
         elif name in ("would", "response"):
             said[name] = value.value
         elif name in ("level", "before"):
             said[name] = value.name
         elif name != "step":
             said[name] = value
+    return said
+
+
+def _described(offender: Offender) -> dict[str, Any]:
+    said = dict(vars(offender))
+    if not offender.ranks:  # one process
+        del said["ranks"]
     return said
 
 
@@ -333,6 +342,8 @@ def _sentence(event: Event) -> str:
         return f"the run goes on from {event.path}"
     if isinstance(event, Recovered):
         return "passed"
+    if isinstance(event, StragglerSeen):
+        return f"rank {event.rank} takes {event.ratio:.1f} times as long as the others do"
     if isinstance(event, StepExamined):
         return str(event)
     if isinstance(event, RiskLevelChanged):

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import platform
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
@@ -152,7 +153,7 @@ class Monitor:
         RanksLost: in a later call: another rank has ended, or hangs.
     Cost:
         Per step one read of the gradients and one of the parameters, and of many ranks one
-        all_reduce of 120 bytes (docs/ranks.md). On an accelerator each is waited for, unless the
+        all_reduce of 136 bytes (docs/ranks.md). On an accelerator each is waited for, unless the
         verdict is that of the step before (see `sync`). Snapshots (in `recover` mode) copy model
         and optimizer into host memory. Every `spectral_interval` steps up to 14 reads of the weight
         matrices.
@@ -505,6 +506,7 @@ class Monitor:
             return  # an earlier process has run it to its end
         try:
             while self._goes_on(source):
+                begun = time.perf_counter()
                 try:
                     batch = source.fetch()
                 except StopIteration:
@@ -514,6 +516,7 @@ class Monitor:
                     return
                 if self._watch.autopsies.is_on:
                     self._watch.autopsies.note_batch(source.index - 1, batch)
+                self._watch.note_fetch(time.perf_counter() - begun)
                 yield self._watch.step, batch
                 if self._watch.history.source is not source:
                     return  # the run was finalized, or a later loop has taken over

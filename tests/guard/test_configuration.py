@@ -27,6 +27,7 @@ BAD = {
     "persist_dir": 5,
     "verify_state": "perhaps",
     "replica_interval": -1,
+    "straggler_ratio": 0,
 }
 
 
@@ -40,6 +41,7 @@ def test_defaults_are_the_specified_ones() -> None:
         "min_depth": 0,
         "check_interval": 1,
         "replica_interval": 100,
+        "straggler_ratio": 1.5,
         "verify_state": False,
         "violation_threshold": 1e6,
         "spike_window": 128,

@@ -17,6 +17,6 @@ def test_a_share_is_as_large_as_the_model_says() -> None:
     assert 8 * len(Share()) == SHARE
 
 
-def test_nothing_of_a_step_grows_with_the_ranks_but_the_search_for_a_copy_that_differs() -> None:
+def test_only_what_names_a_rank_by_majority_or_by_pace_grows_with_the_ranks() -> None:
     grows = [c.what for c in COSTS if c.sizes(10_000, 1000) != c.sizes(2, 1000)]
-    assert grows == ["rollback, copies that differ named"]
+    assert grows == ["rollback, copies that differ named", "step that tells of a slow rank"]

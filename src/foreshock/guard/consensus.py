@@ -37,7 +37,7 @@ class RankFailed(RuntimeError):
 class Share(NamedTuple):
     """What one rank has found; added up over the ranks, what all of them have.
 
-    15 numbers, 120 bytes.
+    17 numbers, 136 bytes.
     """
 
     gradient_nan: float = 0.0
@@ -61,6 +61,10 @@ class Share(NamedTuple):
     """Ranks whose monitor has failed."""
     unsaved: float = 0.0
     """Ranks whose part of the last snapshot is not on disk."""
+    seconds: float = 0.0
+    """That the ranks were at work by themselves."""
+    slow: float = 0.0
+    """Ranks that have turned out to be slow."""
     low_words: float = 0.0
     high_words: float = 0.0
     """Weighted checksums of what several ranks hold, 0 over all ranks if they hold the same."""
@@ -94,7 +98,7 @@ class Consensus:
     def share(self, found: Share) -> Share:
         """Adds up what the ranks have found.
 
-        Cost: one all_reduce of 120 bytes.
+        Cost: one all_reduce of 136 bytes.
         """
         return Share(*self._reduced(found, "SUM").tolist())
 

@@ -199,6 +199,16 @@ class RiskAnswered:
     lr_factor: float | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class StragglerSeen:
+    """A rank takes longer for its own work than the others do, which wait for it."""
+
+    step: int
+    rank: int
+    ratio: float
+    """To the mean of the others."""
+
+
 class Cause(enum.Enum):
     """What is known of a step that had failed, after it was to be run again."""
 
@@ -378,4 +388,5 @@ Event = (
     | RiskLevelChanged
     | RiskAnswered
     | StepExamined
+    | StragglerSeen
 )

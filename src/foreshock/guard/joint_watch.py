@@ -14,14 +14,16 @@ from foreshock.guard.clipping import norm_of
 from foreshock.guard.configuration import Guard
 from foreshock.guard.consensus import Consensus, RankFailed, Share
 from foreshock.guard.copies import Copies
-from foreshock.guard.events import Action, Event, Offender
+from foreshock.guard.events import Action, Event, Offender, StragglerSeen
 from foreshock.guard.history import History
 from foreshock.guard.inspection import Finding
 from foreshock.guard.joint_history import JointHistory, folder_of
+from foreshock.guard.pace import Pace
 from foreshock.guard.policy import Signs
 from foreshock.guard.split_gradients import add_up_partial, shares_of
 from foreshock.guard.state import Stateful, named_parameters
 from foreshock.guard.watch import Watch
+from foreshock.host_read import read
 
 _log = logging.getLogger("foreshock")
 
@@ -29,7 +31,7 @@ _log = logging.getLogger("foreshock")
 class JointWatch(Watch):
     """A `Watch` on every rank, with one verdict.
 
-    What the ranks have found is added up in one all_reduce of 120 bytes: with the norm of gradients
+    What the ranks have found is added up in one all_reduce of 136 bytes: with the norm of gradients
     that are split over ranks, if the loss is known by then, else when the step is judged. All that
     depends on what only one rank sees waits for it. Only a step that has gone wrong takes more
     words: whose tensor it was, and which snapshot all ranks can return to.
@@ -67,6 +69,9 @@ class JointWatch(Watch):
         self._shares = shares_of(self.parameters, ranks.size)
         self._is_split = any(map(is_split, self.parameters))
         self._copies = Copies(named, ranks)
+        self._pace = Pace(model, guard.straggler_ratio)
+        self._seconds = 0.0
+        self._is_slow = False
 
     def _make_history(
         self,
@@ -77,6 +82,17 @@ class JointWatch(Watch):
     ) -> History:
         given = (model, optimizer, state, self._guard, self._record, run)
         return JointHistory(*given, self._ranks)
+
+    def start_step(self) -> None:
+        super().start_step()
+        self._pace.begin(self.step)
+
+    def note_fetch(self, seconds: float) -> None:
+        self._pace.note_fetch(seconds)
+
+    def leave_loop(self) -> None:
+        self._pace.end()
+        super().leave_loop()
 
     def leave(self) -> None:
         self._ranks.leave()
@@ -135,6 +151,8 @@ class JointWatch(Watch):
             float(self.history.has_lost()),
             0.0,
             float(self.history.has_unsaved),
+            self._own_seconds(loss),
+            float(self._is_slow),
             *(self._copies.weighted_sums() if loss is not None and self._compares else ()),
         )
 
@@ -158,9 +176,27 @@ class JointWatch(Watch):
             self.history.drop_what_a_rank_lost()
         if heard.wants_lower_rate:
             self.learning_rate.back_off()
+        if heard.slow:
+            self._tell_of_slow_ranks()
+        if heard.seconds:
+            mine = self._seconds
+            self._is_slow = self._pace.is_news(mine, heard.seconds, self._ranks.size)
         if not heard.unsaved:
             self.history.note_all_saved()
         self._wants_snapshot |= heard.wants_snapshot > 0
+
+    def _own_seconds(self, loss: float | None) -> float:
+        is_due = loss is not None and self._pace.is_measured
+        self._seconds = self._pace.end() if is_due else 0.0
+        return self._seconds
+
+    def _tell_of_slow_ranks(self) -> None:
+        mine = torch.zeros(self._ranks.size, dtype=torch.float64)
+        mine[self._ranks.rank] = self._pace.ratio_now if self._is_slow else 0.0
+        self._is_slow = False
+        for rank, ratio in enumerate(read(self._ranks.sums(mine)).tolist()):
+            if ratio:
+                self._record(StragglerSeen(self.step, rank, ratio))
 
     def _heard_in_this_step(self) -> Share | None:
         step, heard = self._heard or (None, None)

@@ -270,6 +270,9 @@ class Watch:
     def expect_loss(self, loss: Any) -> None:
         """The loss of the step, if it is known before the gradients are clipped."""
 
+    def note_fetch(self, seconds: float) -> None:
+        """What the loader took for the batch of the step that begins."""
+
     def leave(self) -> None:
         """The run has been given up: nobody else is waited for."""
 
