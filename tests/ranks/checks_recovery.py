@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from pathlib import Path
@@ -45,22 +46,24 @@ def flipped_moment(model: nn.Module, optimizer: Any) -> None:
     flip_exponent(local_part(optimizer.state[parameter(model, "up.weight")]["exp_avg"]))
 
 
+STRIKES = (
+    Strike(9, 1, nan_in_weight),
+    Strike(13, 0, nan_in_weight, "clip"),
+    Strike(15, 1, nan_in_weight, "clip"),  # found when the loop is at its end
+    Strike(2, 0, nan_in_weight),
+)
+
+
 def check_a_run_that_was_struck_ends_bit_identical(out: Path) -> None:
     for kind in KINDS:
-        for is_fused in (False, True):
+        for strikes, is_fused in ((STRIKES, False), (STRIKES[:1], True)):
             how = How(is_fused=is_fused)
             clean = train(kind, out / f"{kind} {is_fused} clean", how=how)
             assert not clean.bad
-            for number, strike in enumerate(
-                [
-                    Strike(9, 1, nan_in_weight),
-                    Strike(13, 0, nan_in_weight, "clip"),
-                    Strike(15, 1, nan_in_weight, "clip"),  # found when the loop is at its end
-                    Strike(2, 0, nan_in_weight),
-                ]
-            ):
+            for number, strike in enumerate(strikes):
+                once = dataclasses.replace(strike)
                 name = f"{kind} {is_fused} {number}"
-                run = train(kind, out / name, strike, how=how, clean_steps=1)
+                run = train(kind, out / name, once, how=how, clean_steps=1)
                 assert_same_on_all_ranks([(v.step, v.action) for v in run.verdicts])
                 assert run.summary["guard"]["total_rollbacks"] == 1, name
                 # Of more ranks DistributedDataParallel's own first sums are in another order.
@@ -68,6 +71,40 @@ def check_a_run_that_was_struck_ends_bit_identical(out: Path) -> None:
                 assert is_off or run.bits() == clean.bits(), name
                 to = [e["to_step"] for e in rolled_back(out / name)]
                 assert to == [{2: 0, 9: 8}.get(strike.step, 12)]
+
+
+def check_what_one_rank_asks_for_is_done_by_all_at_the_same_step(out: Path) -> None:
+    for kind in KINDS:
+        found: dict[str, Any] = {}
+
+        def ask(run: Run, step: int, found: dict[str, Any] = found) -> None:
+            watch = run.model.watched
+            if step == 5 and dist.get_rank() == 1:
+                watch.request_snapshot()
+                assert watch.lower_learning_rate() == 0.5
+            if step == 9:
+                found["factor"] = watch.learning_rate.factor
+                found["steps"] = [kept.step for kept in watch.history.ring.entries]
+
+        train_watched(kind, out / kind, ask, lr_backoff=0.5, lr_recovery_steps=8)
+        assert_same_on_all_ranks(found)
+        assert found["factor"] == 0.5 + 0.5 * 4 / 8
+        assert 6 in found["steps"]
+
+
+def check_a_risk_that_one_rank_sees_sends_all_back(out: Path) -> None:
+    for kind in KINDS:
+        seen = {"has": False}
+
+        def see(run: Run, step: int, seen: dict[str, bool] = seen) -> None:
+            if step == 7 and dist.get_rank() == 1 and not seen["has"]:
+                seen["has"] = run.model.watched._is_unstable_here = True
+
+        run = train_watched(kind, out / kind, see)
+        assert_same_on_all_ranks([(v.step, v.action, v.reasons) for v in run.verdicts])
+        (bad,) = run.bad
+        assert (bad.step, bad.action) == (7, fs.Action.ROLL_BACK)
+        assert bad.reasons == (fs.guard.Reason.SPECTRAL_INSTABILITY,)
 
 
 def rolled_back(out: Path) -> list[dict[str, Any]]:
@@ -127,7 +164,7 @@ def check_a_snapshot_that_a_rank_has_lost_is_dropped_by_all(out: Path) -> None:
         assert run.bits() == train(kind, out / f"{kind} clean").bits(), kind
 
 
-def train_watched(kind: str, out: Path, at_step: Any, *strikes: Strike) -> Run:
+def train_watched(kind: str, out: Path, at_step: Any, *strikes: Strike, **guard: Any) -> Run:
     """With the watch where `at_step` finds it."""
     made = fs.Monitor._make_watch
 
@@ -138,7 +175,7 @@ def train_watched(kind: str, out: Path, at_step: Any, *strikes: Strike) -> Run:
 
     fs.Monitor._make_watch = make_watch  # type: ignore[method-assign]
     try:
-        return train(kind, out, *strikes, at_step=at_step)
+        return train(kind, out, *strikes, at_step=at_step, **guard)
     finally:
         fs.Monitor._make_watch = made  # type: ignore[method-assign]
 

@@ -137,23 +137,26 @@ class JointWatch(Watch):
             else self._known_finding(even_if_changed=is_of_this_update)
         )
         self._is_loss_bad = loss is not None and not math.isfinite(loss)
+        low_words = high_words = 0.0
+        if loss is not None and self._compares:
+            low_words, high_words = self._copies.weighted_sums()
         return Share(
-            float(finding.nan),
-            float(finding.inf),
-            finding.sumsq,
-            self._bad_weights() if self._looks_at_weights else 0.0,
-            0.0 if loss is None else loss,
-            float(loss is not None),
-            float(self._has_state_changed()),
-            float(self._is_unstable_here),
-            float(self._asks_for_snapshot),
-            float(self._asks_for_lower_rate),
-            float(self.history.has_lost()),
-            0.0,
-            float(self.history.has_unsaved),
-            self._own_seconds(loss),
-            float(self._is_slow),
-            *(self._copies.weighted_sums() if loss is not None and self._compares else ()),
+            gradient_nan=finding.nan,
+            gradient_inf=finding.inf,
+            gradient_sumsq=finding.sumsq,
+            bad_weights=self._bad_weights() if self._looks_at_weights else 0,
+            loss=loss or 0.0,
+            losses=loss is not None,
+            changed_state=self._has_state_changed(),
+            unstable=self._is_unstable_here,
+            wants_snapshot=self._asks_for_snapshot,
+            wants_lower_rate=self._asks_for_lower_rate,
+            lost_snapshots=self.history.has_lost(),
+            unsaved=self.history.has_unsaved,
+            seconds=self._own_seconds(loss),
+            slow=self._is_slow,
+            low_words=low_words,
+            high_words=high_words,
         )
 
     @property
@@ -167,9 +170,9 @@ class JointWatch(Watch):
         is_taken = self.history.last_tried == self.step
         return interval > 0 and (is_taken or self.step % interval == 0)
 
-    def _bad_weights(self) -> float:
+    def _bad_weights(self) -> int:
         found = self._weights.inspect()
-        return float(found.nan + found.inf)
+        return found.nan + found.inf
 
     def _do_what_was_asked(self, heard: Share) -> None:
         if heard.lost_snapshots:
