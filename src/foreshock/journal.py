@@ -64,6 +64,7 @@ _RESPONSE_NAMES = {
 }
 _MAX_WARNINGS: dict[type, int] = {SnapshotNotSaved: 1}
 _MAX_WARNINGS_OF_A_KIND = 10
+_OF_ONE_RANK = (SnapshotDropped, SnapshotNotSaved)
 
 
 class Journal:
@@ -73,7 +74,8 @@ class Journal:
         out_dir: the run's directory; made if it is not there.
         config: the resolved configuration, for config.json.
         is_written: whether anything is written to files.
-        is_spoken: whether anything is said on the console.
+        rank: of many, in whose process this is; but for the first they say on the console only what
+            no other rank knows.
     Raises:
         TypeError: out_dir is no path.
         OSError: out_dir cannot be written to; says so.
@@ -88,13 +90,13 @@ class Journal:
         config: Mapping[str, Any],
         *,
         is_written: bool = True,
-        is_spoken: bool = True,
+        rank: int = 0,
     ) -> None:
         if not isinstance(out_dir, str | os.PathLike) or not os.fspath(out_dir):
             raise TypeError(f"out_dir is {out_dir!r}; accepted: the path of a directory")
         self.out_dir = Path(out_dir)
         """The run's directory."""
-        self._is_spoken = is_spoken
+        self._rank = rank
         self._ledger: Ledger | None = None
         self._telemetry: TelemetryWriter | None = None
         if is_written:
@@ -158,11 +160,12 @@ class Journal:
             self._write_to_ledger("lr_changed", event.step, {"lr_factor": event.lr_factor})
         if isinstance(event, Resumed):
             self._resumed_from_step = event.step
-        if self._is_spoken:
+        if self._rank == 0 or isinstance(event, _OF_ONE_RANK):
             self._say(event)
 
     def _say(self, event: Event) -> None:
         kind = type(event)
+        where = f"rank {self._rank}, " if self._rank else ""
         limit = _MAX_WARNINGS.get(kind, _MAX_WARNINGS_OF_A_KIND)
         if isinstance(event, SnapshotSaved):
             _log.debug("step %d: %s", event.step, _sentence(event))
@@ -171,7 +174,7 @@ class Journal:
         elif self._counts[kind] <= limit:
             is_last = self._counts[kind] == limit
             more = "; further ones only in telemetry.jsonl" if is_last else ""
-            _log.warning("step %d: %s%s", event.step, _sentence(event), more)
+            _log.warning("%sstep %d: %s%s", where, event.step, _sentence(event), more)
 
     def _autopsied(self, event: StepExamined) -> dict[str, Any]:
         """Writes all of an autopsy to its file; what of it goes to telemetry."""
@@ -309,20 +312,13 @@ def _spelt_out(event: Event) -> dict[str, Any]:
             said["reason"] = value[0].value
             said["reasons"] = [reason.value for reason in value]
         elif name == "offender":
-            said["offender"] = None if value is None else _described(value)
+            said["offender"] = None if value is None else dict(vars(value))
         elif name in ("would", "response"):
             said[name] = value.value
         elif name in ("level", "before"):
             said[name] = value.name
         elif name != "step":
             said[name] = value
-    return said
-
-
-def _described(offender: Offender) -> dict[str, Any]:
-    said = dict(vars(offender))
-    if not offender.ranks:  # one process
-        del said["ranks"]
     return said
 
 

@@ -226,7 +226,7 @@ class Monitor:
             return Journal(out_dir, config)
         is_written = self._settings.rank_records
         own = Path(out_dir) / f"rank_{rank:05d}"
-        return Journal(own, config, is_written=is_written, is_spoken=False)
+        return Journal(own, config, is_written=is_written, rank=rank)
 
     def _follow_spectra(self, model: torch.nn.Module) -> SpectralWatch | None:
         given = self._settings

@@ -16,7 +16,7 @@ CHECKS = [(size, name) for size in (2, 4) for name in all_checks(size)]
 def found(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[int, dict[str, list[Any]]]:
-    return request.param, results(request.param, tmp_path_factory.mktemp("ranks"), timeout=240)
+    return request.param, results(request.param, tmp_path_factory.mktemp("ranks"), timeout=600)
 
 
 @pytest.mark.parametrize("name", sorted({name for _, name in CHECKS}))

@@ -48,7 +48,7 @@ class JointHistory(History):
         self._ranks = ranks
         self._tell_of = told
         self._sharded = [m for m in model.modules() if hasattr(m, "reshard")]
-        self._has_lost = False
+        self._has_lost = self._is_agreeing = False
         self._given: int | None = None
         self.last_tried = _NONE
         """The last step of which a snapshot was taken, or would have been."""
@@ -56,6 +56,8 @@ class JointHistory(History):
             self._saver.removes_before = _NONE
 
     def _tell(self, event: Event) -> None:
+        if self._is_agreeing and self._ranks.rank:
+            return  # the first rank says it for all
         if isinstance(event, SnapshotDropped):
             self._has_lost = True
         self._tell_of(event)
@@ -105,8 +107,9 @@ class JointHistory(History):
         while (step := self._newest_of_all(steps, bound)) != _NONE:
             complete.append(step)
             bound = step - 1
+        self._is_agreeing = True
         self.ring.keep_only(complete, "a rank has lost its part of it")
-        self._has_lost = False
+        self._is_agreeing = self._has_lost = False
 
     def find_good(self, step: int) -> Snapshot | None:
         bound = step - self._guard.min_depth
