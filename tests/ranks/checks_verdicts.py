@@ -256,8 +256,7 @@ def check_only_the_first_rank_writes_unless_all_are_to(out: Path) -> None:
         own = [f"rank_{rank:05d}" for rank in range(1, dist.get_world_size())]
         assert [n for n in names if n.startswith("rank")] == (own if has_all else [])
         assert {"telemetry.jsonl", "summary.json", "ledger.jsonl", "config.json"} <= set(names)
-        if has_all and dist.get_rank():
-            there = fs.records.read_telemetry(
-                out / "True" / own[dist.get_rank() - 1] / "telemetry.jsonl"
-            )
-            assert any(r["event"] == "telemetry" for r in there.records)
+        gathered(None)
+        told = fs.records.read_rank_telemetry(out / str(has_all)).records
+        found = {record["rank"] for record in told if record["event"] == "telemetry"}
+        assert found == (set(range(dist.get_world_size())) if has_all else {0})
