@@ -39,6 +39,16 @@ def _arrived(tensor: Any) -> torch.Tensor:
     return arrived
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself; of a DTensor all of it, for which all ranks of its mesh must ask."""
+    if type(tensor) in _WHOLE:
+        return tensor
+    if is_distributed(tensor):
+        with torch.no_grad():
+            tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+    return _arrived(tensor)
+
+
 def is_split(tensor: torch.Tensor) -> bool:
     """Whether no process holds all of it."""
     return is_distributed(tensor) and not all(p.is_replicate() for p in _placements(tensor))

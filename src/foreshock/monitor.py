@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 import torch
 from pydantic import NonNegativeInt, PositiveInt
 
+from foreshock.distributed_part import whole
 from foreshock.guard import (
     RESERVED_NAMES,
     Aborted,
@@ -617,7 +618,9 @@ def _checked_state(state: Mapping[str, Stateful]) -> Mapping[str, Stateful]:
 
 def _as_number(value: torch.Tensor | float, name: str) -> float:
     try:
-        return float(read(value).item() if isinstance(value, torch.Tensor) else value)
+        if isinstance(value, torch.Tensor):
+            return float(read(whole(value)).item())
+        return float(value)
     except (TypeError, ValueError, RuntimeError):
         given = type(value).__name__
         if isinstance(value, torch.Tensor):
