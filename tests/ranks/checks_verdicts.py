@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Partial
 
 import foreshock as fs
 from foreshock.distributed_part import local_part
-from foreshock.guard import Consensus
+from foreshock.guard import Consensus, find_ranks
 from foreshock.guard.consensus import RankFailed, Share
 from tests.ranks.training import (
     KINDS,
@@ -250,6 +250,18 @@ def check_a_monitor_that_fails_on_one_rank_ends_all_and_observing_goes_on(out: P
             assert said == ("nothing" if mode == "observe" else expected)
         monitor._watch.leave()
         monitor._gate.remove()
+
+
+def check_a_model_that_shows_nothing_of_its_ranks_is_watched_by_each_alone(out: Path) -> None:
+    model = nn.Linear(2, 1)
+    parameters = list(model.parameters())
+    assert find_ranks(model, parameters, None) is None
+    together = find_ranks(model, parameters, dist.group.WORLD)
+    assert together is not None
+    assert (together.rank, together.size) == (dist.get_rank(), dist.get_world_size())
+    for kind in KINDS:
+        shown = make_run(kind, out, How()).model
+        assert find_ranks(shown, list(shown.parameters()), None) is not None
 
 
 def check_ranks_with_other_models_or_guards_are_told(out: Path) -> None:
