@@ -181,7 +181,7 @@ class Journal:
         self._autopsies[event.cause] += 1
         file: str | None = None
         try:
-            if self._telemetry is not None:
+            if self._telemetry is not None or self._knows_best(event):
                 file = str(write_autopsy(self.out_dir, event.step, str(event), event))
         except OSError as error:
             _log.warning("the autopsy of step %d could not be written: %s", event.step, error)
@@ -194,6 +194,11 @@ class Journal:
             "batch_hash": None if event.batch is None else event.batch.hash,
             "file": file,
         }
+
+    def _knows_best(self, event: StepExamined) -> bool:
+        """Whether it was on this rank, of those that keep no records, that the step went bad."""
+        offender = None if event.again is None else event.again.offender
+        return self._rank > 0 and offender is not None and offender.ranks == (self._rank,)
 
     def record_telemetry(self, step: int, **measured: object) -> None:
         """Writes down what was measured at a step."""

@@ -229,3 +229,25 @@ def check_snapshots_of_another_number_of_ranks_are_refused(out: Path) -> None:
     with pytest.raises(ValueError, match="not those of"):
         monitor.resume(out / "kept")
     monitor.finalize()
+
+
+def check_the_autopsy_is_that_of_the_rank_where_the_step_went_bad(out: Path) -> None:
+    now = {"step": -1}
+
+    def spoil(run: Run, step: int) -> None:
+        """One rank's module puts out NaN whenever step 6 is run."""
+        now["step"] = step
+        norm = run.model.module.norm
+        if dist.get_rank() == 1 and "forward" not in vars(norm):
+            inner = norm.forward
+            norm.forward = lambda x: inner(x) * (math.nan if now["step"] == 6 else 1.0)
+
+    train("ddp", out, at_step=spoil, max_consecutive_skips=1, max_rollbacks=1)
+    gathered(None)
+    shared = fs.records.read_autopsy(out, 6)
+    assert shared["cause"] == "deterministic"
+    assert shared["place"]["kind"] == "not_located"
+    assert shared["place"]["why"] == "rank 1 has it"
+    own = fs.records.read_autopsy(out / "rank_00001", 6)
+    assert (own["place"]["kind"], own["place"]["name"]) == ("module", "module.norm")
+    assert sorted(p.name for p in out.iterdir() if p.is_dir()) == ["autopsy", "rank_00001"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,7 +14,14 @@ from foreshock.guard.clipping import norm_of
 from foreshock.guard.configuration import Guard
 from foreshock.guard.consensus import Consensus, RankFailed, Share
 from foreshock.guard.copies import Copies
-from foreshock.guard.events import Action, Event, Offender, StragglerSeen
+from foreshock.guard.events import (
+    Action,
+    Event,
+    Offender,
+    Place,
+    StepExamined,
+    StragglerSeen,
+)
 from foreshock.guard.history import History
 from foreshock.guard.inspection import Finding
 from foreshock.guard.joint_history import JointHistory, folder_of
@@ -25,7 +32,8 @@ from foreshock.guard.state import Stateful, named_parameters
 from foreshock.guard.watch import Watch
 from foreshock.host_read import read
 
-_log = logging.getLogger("foreshock")
+_BY_EXCLUSION = ("loss", "gradient", "after", "not_located")
+"""Places that are named when everything before them was finite, here."""
 
 
 class JointWatch(Watch):
@@ -82,6 +90,16 @@ class JointWatch(Watch):
     ) -> History:
         given = (model, optimizer, state, self._guard, self._record, run)
         return JointHistory(*given, self._ranks)
+
+    def _record_examined(self, event: StepExamined) -> None:
+        """Says no more than this rank can know of what was found on another."""
+        offender = None if event.again is None else event.again.offender
+        where = offender.ranks if offender is not None else ()
+        is_here = self._ranks.rank in where if where else self._is_loss_bad
+        if event.place is not None and event.place.kind in _BY_EXCLUSION and not is_here:
+            named = f"rank {where[0]}" if len(where) == 1 else "another rank"
+            event = dataclasses.replace(event, place=Place("not_located", why=f"{named} has it"))
+        self._record(event)
 
     def start_step(self) -> None:
         super().start_step()

@@ -34,6 +34,7 @@ from foreshock.guard.events import (
     Recovered,
     Resumed,
     RolledBack,
+    StepExamined,
     UpdateSkipped,
     Verdict,
 )
@@ -124,7 +125,7 @@ class Watch:
         }
         self.history = self._make_history(model, optimizer, state, run)
         inspectors = (self._weights, self._gradients)
-        self.autopsies = Autopsies(model, parameters, *inspectors, record)
+        self.autopsies = Autopsies(model, parameters, *inspectors, self._record_examined)
         self.step = 0
         """The step that is being run; between steps, the one that comes next."""
         self.last_loss: float | None = None
@@ -143,6 +144,9 @@ class Watch:
         self._failed_step: int | None = None
         self._good: Snapshot | None = None
         self._has_warned_of_closure = False
+
+    def _record_examined(self, event: StepExamined) -> None:
+        self._record(event)
 
     def _make_history(
         self,
