@@ -317,7 +317,8 @@ def _spelt_out(event: Event) -> dict[str, Any]:
             said["reason"] = value[0].value
             said["reasons"] = [reason.value for reason in value]
         elif name == "offender":
-            said["offender"] = None if value is None else dict(vars(value))
+            ranks = [] if value is None else list(value.ranks)
+            said["offender"] = None if value is None else {**vars(value), "ranks": ranks}
         elif name in ("would", "response"):
             said[name] = value.value
         elif name in ("level", "before"):

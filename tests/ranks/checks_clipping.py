@@ -26,6 +26,7 @@ from tests.ranks.training import (
     make_model,
     make_optimizer,
     parameter,
+    ranks,
 )
 
 
@@ -97,6 +98,7 @@ def check_monitors_norm_is_that_of_all_ranks(out: Path) -> None:
                 assert_same_on_all_ranks(float(norm))
 
 
+@ranks(2)
 def check_error_if_nonfinite_is_raised_on_all_ranks(out: Path) -> None:
     for kind in KINDS:
         model = make_model(kind)
@@ -129,6 +131,7 @@ def check_partial_gradients_are_added_up_before_their_norm_is_taken(out: Path) -
     assert_close(true_norm(owners), 0.1, 1e-4)
 
 
+@ranks(4)
 def check_two_dimensional_meshes_count_every_element_once(out: Path) -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "parts"))
     models: dict[str, Any] = {}
@@ -147,9 +150,7 @@ def check_two_dimensional_meshes_count_every_element_once(out: Path) -> None:
         monitor.finalize()
 
 
-check_two_dimensional_meshes_count_every_element_once.sizes = (4,)
-
-
+@ranks(2)
 def check_fused_optimizers_take_the_factor_and_the_verdict_beside_dtensors(out: Path) -> None:
     for kind in KINDS:
         model = make_model(kind)

@@ -9,9 +9,10 @@ from typing import Any
 import torch.distributed as dist
 
 import foreshock as fs
-from tests.ranks.training import KINDS, How, Run, counted, gathered, train
+from tests.ranks.training import KINDS, How, Run, counted, gathered, ranks, train
 
 
+@ranks(2)
 def check_a_rank_with_a_slow_module_or_loader_is_named_once(out: Path) -> None:
     for kind in KINDS:
 

@@ -25,9 +25,11 @@ from tests.ranks.training import (
     Run,
     Strike,
     assert_same_on_all_ranks,
+    clean_bits,
     gathered,
     make_run,
     parameter,
+    ranks,
     train,
 )
 
@@ -58,8 +60,7 @@ def check_a_run_that_was_struck_ends_bit_identical(out: Path) -> None:
     for kind in KINDS:
         for strikes, is_fused in ((STRIKES, False), (STRIKES[:1], True)):
             how = How(is_fused=is_fused)
-            clean = train(kind, out / f"{kind} {is_fused} clean", how=how)
-            assert not clean.bad
+            clean = clean_bits(kind, out.parent / f"clean {kind} {is_fused}", is_fused=is_fused)
             for number, strike in enumerate(strikes):
                 once = dataclasses.replace(strike)
                 name = f"{kind} {is_fused} {number}"
@@ -68,11 +69,12 @@ def check_a_run_that_was_struck_ends_bit_identical(out: Path) -> None:
                 assert run.summary["guard"]["total_rollbacks"] == 1, name
                 # Of more ranks DistributedDataParallel's own first sums are in another order.
                 is_off = (strike.step, kind, dist.get_world_size()) == (2, "ddp", 4)
-                assert is_off or run.bits() == clean.bits(), name
+                assert is_off or run.bits() == clean, name
                 to = [e["to_step"] for e in rolled_back(out / name)]
                 assert to == [{2: 0, 9: 8}.get(strike.step, 12)]
 
 
+@ranks(2)
 def check_what_one_rank_asks_for_is_done_by_all_at_the_same_step(out: Path) -> None:
     for kind in KINDS:
         found: dict[str, Any] = {}
@@ -92,6 +94,7 @@ def check_what_one_rank_asks_for_is_done_by_all_at_the_same_step(out: Path) -> N
         assert 6 in found["steps"]
 
 
+@ranks(2)
 def check_a_risk_that_one_rank_sees_sends_all_back(out: Path) -> None:
     for kind in KINDS:
         seen = {"has": False}
@@ -112,9 +115,9 @@ def rolled_back(out: Path) -> list[dict[str, Any]]:
     return [r for r in told if r["event"] == "rollback_success"]
 
 
+@ranks(2)
 def check_a_flipped_bit_in_a_rank_is_named_and_undone(out: Path) -> None:
     for kind in KINDS:
-        clean = train(kind, out / f"{kind} clean", verify_state=True)
         run = train(kind, out / kind, Strike(11, 1, flipped_moment), verify_state=True)
         assert_same_on_all_ranks([(v.step, v.action) for v in run.verdicts])
         (bad,) = run.bad
@@ -122,12 +125,11 @@ def check_a_flipped_bit_in_a_rank_is_named_and_undone(out: Path) -> None:
         assert bad.reasons[0] is fs.guard.Reason.STATE_CHANGED
         assert bad.offender.rank == 1
         assert "up.weight: exp_avg" in bad.offender.name
-        assert run.bits() == clean.bits()
+        assert run.bits() == clean_bits(kind, out.parent / f"clean {kind} False")
 
 
 def check_a_copy_that_was_changed_by_a_bit_is_named_within_the_interval(out: Path) -> None:
     for kind in ("ddp", "tp"):
-        clean = train(kind, out / f"{kind} clean", snapshot_interval=4)
         for interval, step in ((1, 6), (5, 10)):
             name = f"{kind} {interval}"
             strike = Strike(6, 1, flipped_bit)
@@ -139,7 +141,7 @@ def check_a_copy_that_was_changed_by_a_bit_is_named_within_the_interval(out: Pat
             assert bad.reasons == (fs.guard.Reason.REPLICAS_DIFFER,)
             assert bad.offender.name.endswith("norm.weight")
             assert bad.offender.ranks == ((0, 1) if dist.get_world_size() == 2 else (1,))
-            assert run.bits() == clean.bits()
+            assert run.bits() == clean_bits(kind, out.parent / f"clean {kind} False")
 
 
 def check_a_snapshot_that_a_rank_has_lost_is_dropped_by_all(out: Path) -> None:
@@ -161,7 +163,7 @@ def check_a_snapshot_that_a_rank_has_lost_is_dropped_by_all(out: Path) -> None:
         assert_same_on_all_ranks([(v.step, v.action) for v in run.verdicts])
         assert found["steps"] == [4, 8]
         assert [e["to_step"] for e in rolled_back(out / kind)] == [4]
-        assert run.bits() == train(kind, out / f"{kind} clean").bits(), kind
+        assert run.bits() == clean_bits(kind, out.parent / f"clean {kind} False"), kind
 
 
 def train_watched(kind: str, out: Path, at_step: Any, *strikes: Strike, **guard: Any) -> Run:
@@ -180,6 +182,7 @@ def train_watched(kind: str, out: Path, at_step: Any, *strikes: Strike, **guard:
         fs.Monitor._make_watch = made  # type: ignore[method-assign]
 
 
+@ranks(2)
 def check_no_way_back_on_one_rank_ends_the_run_on_all(out: Path) -> None:
     def lose_all(run: Run, step: int) -> None:
         if step == 5 and dist.get_rank() == 1:
@@ -192,6 +195,7 @@ def check_no_way_back_on_one_rank_ends_the_run_on_all(out: Path) -> None:
     assert fs.guard.Reason.NO_SNAPSHOT in run.verdicts[-1].reasons
 
 
+@ranks(2)
 def check_a_disk_that_fails_on_one_rank_leaves_the_others_parts_where_they_are(out: Path) -> None:
     """Or there would be no snapshot left of which all parts are there."""
     inner = snapshot_file.write
@@ -218,6 +222,7 @@ def check_a_disk_that_fails_on_one_rank_leaves_the_others_parts_where_they_are(o
         assert monitor.resume(out / "kept") == 2
 
 
+@ranks(2)
 def check_snapshots_of_another_number_of_ranks_are_refused(out: Path) -> None:
     train("ddp", out / "one", persist_dir=out / "kept", snapshot_interval=2)
     gathered(None)
@@ -231,6 +236,7 @@ def check_snapshots_of_another_number_of_ranks_are_refused(out: Path) -> None:
     monitor.finalize()
 
 
+@ranks(2)
 def check_the_autopsy_is_that_of_the_rank_where_the_step_went_bad(out: Path) -> None:
     now = {"step": -1}
 

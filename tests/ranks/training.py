@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,8 @@ from foreshock.guard.containers import tensors_in
 FEATURES, WIDTH, CLASSES, STEPS, BATCH = 6, 8, 3, 16, 4
 KINDS = ("ddp", "fsdp2", "tp")
 
+_Check = TypeVar("_Check", bound=Callable[[Path], None])
+
 
 class Block(nn.Module):
     def __init__(self) -> None:
@@ -35,6 +38,16 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(x + self.scale * self.down(torch.tanh(self.up(self.norm(x)))))
+
+
+def ranks(size: int) -> Callable[[_Check], _Check]:
+    """Marks a check that is of so many ranks only."""
+
+    def mark(check: _Check) -> _Check:
+        check.sizes = (size,)  # type: ignore[attr-defined]
+        return check
+
+    return mark
 
 
 def make_model(kind: str) -> nn.Module:
@@ -269,3 +282,11 @@ def counted() -> Iterator[list[tuple[int, str]]]:
         yield calls
     finally:
         dist.all_reduce = inner  # type: ignore[assignment]
+
+
+@functools.cache
+def clean_bits(kind: str, out: Path, *, is_fused: bool = False) -> dict[str, bytes]:
+    """Of a run that nothing happens to."""
+    run = train(kind, out, how=How(is_fused=is_fused))
+    assert not run.bad
+    return run.bits()
