@@ -22,16 +22,16 @@ def check_a_rank_with_a_slow_module_or_loader_is_named_once(out: Path) -> None:
                 inner = norm.forward
 
                 def forward(x: Any) -> Any:
-                    time.sleep(0.04)
+                    time.sleep(0.03)
                     return inner(x)
 
                 norm.forward = forward
 
         with counted() as calls:
-            train(kind, out / kind, at_step=slow_down, how=How(steps=34))
+            train(kind, out / kind, at_step=slow_down, how=How(steps=44))
         (told,) = stragglers(out / kind)
         assert told["rank"] == 1
-        assert told["step"] in (21, 31)  # where another had to wait for the machine, later
+        assert told["step"] in (30, 40)  # where another had to wait for the machine, later
         assert told["ratio"] > 1.5
         after_the_first = [n for n, _ in calls][2:]
         assert after_the_first.count(8 * dist.get_world_size()) == 1

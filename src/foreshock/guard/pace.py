@@ -46,8 +46,8 @@ class Pace:
     def begin(self, step: int) -> None:
         """A step begins; it may be one that is measured."""
         self.end()
-        if step % _INTERVAL:
-            return
+        if (step + 1) % _INTERVAL:
+            return  # nor the first one, in which models are compiled
         self._seconds = 0.0
         for module in self._modules:
             self._handles.append(module.register_forward_pre_hook(self._enter))
@@ -83,9 +83,12 @@ class Pace:
         return is_news
 
     def _enter(self, module: torch.nn.Module, args: Any) -> None:
-        self._entered[id(module)] = time.perf_counter()
+        if not torch.compiler.is_compiling():
+            self._entered[id(module)] = time.perf_counter()
 
     def _leave(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         begun = self._entered.pop(id(module), None)
         if begun is not None:
             self._seconds += time.perf_counter() - begun
