@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from foreshock.distributed_part import whole
+
 
 def read(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     """A tensor's values in host memory, which on the CPU are the tensor's own.
@@ -61,10 +63,10 @@ def as_number(value: Any, name: str) -> float:
     Raises:
         TypeError: names the argument, what was given and what is accepted.
     Cost:
-        Waits for the device that a tensor is on.
+        Waits for the device that a tensor is on; a DTensor is gathered.
     """
     try:
-        return float(read(value).item() if isinstance(value, torch.Tensor) else value)
+        return float(read(whole(value)).item() if isinstance(value, torch.Tensor) else value)
     except (TypeError, ValueError, RuntimeError):
         given = type(value).__name__
         if isinstance(value, torch.Tensor):

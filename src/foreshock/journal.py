@@ -28,6 +28,7 @@ from foreshock.guard import (
     SnapshotNotSaved,
     SnapshotSaved,
     StepExamined,
+    StragglerSeen,
     UpdateSkipped,
 )
 from foreshock.records import (
@@ -56,6 +57,7 @@ _EVENT_NAMES: dict[type, str] = {
     RiskLevelChanged: "risk_level_changed",
     StepExamined: "autopsy",
     GateAtRisk: "gate_at_risk",
+    StragglerSeen: "straggler_seen",
 }
 _RESPONSE_NAMES = {
     (Response.TAKE_SNAPSHOT, True): "snapshot_requested",
@@ -66,6 +68,7 @@ _RESPONSE_NAMES = {
 }
 _MAX_WARNINGS: dict[type, int] = {SnapshotNotSaved: 1}
 _MAX_WARNINGS_OF_A_KIND = 10
+_OF_ONE_RANK = (SnapshotDropped, SnapshotNotSaved)
 
 
 class Journal:
@@ -75,6 +78,9 @@ class Journal:
         out_dir: the run's directory; made if it is not there.
         config: the resolved configuration, for config.json.
         sinks: which are given what telemetry.jsonl is given; closed with the journal.
+        is_written: whether anything is written to files, or told to sinks.
+        rank: of many, in whose process this is; but for the first they say on the console only what
+            no other rank knows.
     Raises:
         TypeError: out_dir is no path; sinks holds what is no sink.
         OSError: out_dir cannot be written to; says so.
@@ -89,12 +95,34 @@ class Journal:
         out_dir: str | os.PathLike[str],
         config: Mapping[str, Any],
         sinks: Sequence[Sink] = (),
+        *,
+        is_written: bool = True,
+        rank: int = 0,
     ) -> None:
         if not isinstance(out_dir, str | os.PathLike) or not os.fspath(out_dir):
             raise TypeError(f"out_dir is {out_dir!r}; accepted: the path of a directory")
         self.out_dir = Path(out_dir)
         """The run's directory."""
+        self._rank = rank
         self._sinks = SinkFeeds(sinks)
+        self._ledger: Ledger | None = None
+        self._telemetry: TelemetryWriter | None = None
+        self._series: SeriesRecorder | None = None
+        if is_written:
+            self._open_files(config)
+        self._counts: Counter[type] = Counter()
+        self._num_unledgered = 0
+        self._abort: dict[str, Any] | None = None
+        self._autopsies: Counter[Cause] = Counter()
+        self._resumed_from_step: int | None = None
+        self._started: float | None = None
+        self._own_seconds = 0.0
+        self.steps_run = 0
+        """Steps judged, those run again counted again."""
+        self.latest: dict[str, object] = {}
+        """What `record_telemetry` has written last."""
+
+    def _open_files(self, config: Mapping[str, Any]) -> None:
         try:
             self.out_dir.mkdir(parents=True, exist_ok=True)
             write_atomically(self.out_dir / "config.json", dump_json(to_json_object(config)))
@@ -107,17 +135,11 @@ class Journal:
             raise OSError(error.errno, why, str(self.out_dir)) from error
         self._series = SeriesRecorder(self.out_dir)
         self._sinks.start()
-        self._counts: Counter[type] = Counter()
-        self._num_unledgered = 0
-        self._abort: dict[str, Any] | None = None
-        self._autopsies: Counter[Cause] = Counter()
-        self._resumed_from_step: int | None = None
-        self._started: float | None = None
-        self._own_seconds = 0.0
-        self.steps_run = 0
-        """Steps judged, those run again counted again."""
-        self.latest: dict[str, object] = {}
-        """What `record_telemetry` has written last."""
+
+    @property
+    def _dropped_records(self) -> int:
+        telemetry = 0 if self._telemetry is None else self._telemetry.dropped_records
+        return telemetry + (0 if self._series is None else self._series.dropped_rows)
 
     # ---- time
 
@@ -147,13 +169,20 @@ class Journal:
         if isinstance(event, Aborted):
             self._abort = {"step": event.step, **said}
         name = _name(event)
-        self._telemetry.write(name, event.step, **said)
+        if self._telemetry is not None:
+            self._telemetry.write(name, event.step, **said)
         if _belongs_in_ledger(event):
             self._write_to_ledger(name, event.step, said)
         if isinstance(event, RolledBack) and event.lr_factor != 1:
             self._write_to_ledger("lr_changed", event.step, {"lr_factor": event.lr_factor})
         if isinstance(event, Resumed):
             self._resumed_from_step = event.step
+        if self._rank == 0 or isinstance(event, _OF_ONE_RANK):
+            self._say(event)
+
+    def _say(self, event: Event) -> None:
+        kind = type(event)
+        where = f"rank {self._rank}, " if self._rank else ""
         limit = _MAX_WARNINGS.get(kind, _MAX_WARNINGS_OF_A_KIND)
         if isinstance(event, SnapshotSaved):
             _log.debug("step %d: %s", event.step, _sentence(event))
@@ -162,14 +191,15 @@ class Journal:
         elif self._counts[kind] <= limit:
             is_last = self._counts[kind] == limit
             more = "; further ones only in telemetry.jsonl" if is_last else ""
-            _log.warning("step %d: %s%s", event.step, _sentence(event), more)
+            _log.warning("%sstep %d: %s%s", where, event.step, _sentence(event), more)
 
     def _autopsied(self, event: StepExamined) -> dict[str, Any]:
         """Writes all of an autopsy to its file; what of it goes to telemetry."""
         self._autopsies[event.cause] += 1
         file: str | None = None
         try:
-            file = str(write_autopsy(self.out_dir, event.step, str(event), event))
+            if self._telemetry is not None or self._knows_best(event):
+                file = str(write_autopsy(self.out_dir, event.step, str(event), event))
         except OSError as error:
             _log.warning("the autopsy of step %d could not be written: %s", event.step, error)
         return {
@@ -182,19 +212,27 @@ class Journal:
             "file": file,
         }
 
+    def _knows_best(self, event: StepExamined) -> bool:
+        """Whether it was on this rank, of those that keep no records, that the step went bad."""
+        offender = None if event.again is None else event.again.offender
+        return self._rank > 0 and offender is not None and offender.ranks == (self._rank,)
+
     def record_telemetry(self, step: int, **measured: object) -> None:
         """Writes down what was measured at a step."""
         measured["overhead_ms"] = self.mean_overhead_ms
         self.latest = {"step": step, **measured}
-        self._telemetry.write("telemetry", step, **measured)
+        if self._telemetry is not None:
+            self._telemetry.write("telemetry", step, **measured)
 
     def record_series(self, series: str, step: int, /, **values: object) -> None:
         """Writes down a row of a series; see `foreshock.records.SeriesRecorder`."""
-        self._series.record(series, step, **values)
+        if self._series is not None:
+            self._series.record(series, step, **values)
 
     def flush(self, timeout: float) -> None:
         """Waits until what was recorded is on disk, but no longer than this many seconds."""
-        self._telemetry.flush(timeout)
+        if self._telemetry is not None:
+            self._telemetry.flush(timeout)
 
     def _open_ledger(self) -> Ledger | None:
         try:
@@ -208,6 +246,8 @@ class Journal:
             return None
 
     def _write_to_ledger(self, event: str, step: int, evidence: dict[str, Any]) -> None:
+        if self._telemetry is None:
+            return
         if self._ledger is None:
             self._num_unledgered += 1
             return
@@ -219,8 +259,10 @@ class Journal:
 
     def close(self) -> None:
         """Ends telemetry.jsonl, ledger.jsonl and the series, and closes the sinks."""
-        self._telemetry.close()
-        self._series.close()
+        if self._telemetry is not None:
+            self._telemetry.close()
+        if self._series is not None:
+            self._series.close()
         self._sinks.close()
 
     def write_summary(
@@ -242,14 +284,15 @@ class Journal:
             "spectral": None if spectral is None else dict(spectral),
             "overhead": self._overhead(),
             "ledger_head": None if self._ledger is None else self._ledger.head,
-            "dropped_records": self._telemetry.dropped_records + self._series.dropped_rows,
+            "dropped_records": self._dropped_records,
             "lost_ledger_records": (
                 self._num_unledgered if self._ledger is None else self._ledger.lost_records
             ),
             "sinks": self._sinks.report(),
         }
         try:
-            write_summary(self.out_dir / "summary.json", summary)
+            if self._telemetry is not None:
+                write_summary(self.out_dir / "summary.json", summary)
         except OSError as error:
             _log.warning("summary.json could not be written: %s", error)
         return summary
@@ -307,7 +350,8 @@ def _spelt_out(event: Event) -> dict[str, Any]:
             said["reason"] = value[0].value
             said["reasons"] = [reason.value for reason in value]
         elif name == "offender":
-            said["offender"] = None if value is None else dict(vars(value))
+            ranks = [] if value is None else list(value.ranks)
+            said["offender"] = None if value is None else {**vars(value), "ranks": ranks}
         elif name in ("would", "response"):
             said[name] = value.value
         elif name in ("level", "before"):
@@ -333,6 +377,8 @@ def _sentence(event: Event) -> str:
         return f"the run goes on from {event.path}"
     if isinstance(event, Recovered):
         return "passed"
+    if isinstance(event, StragglerSeen):
+        return f"rank {event.rank} takes {event.ratio:.1f} times as long as the others do"
     if isinstance(event, StepExamined):
         return str(event)
     if isinstance(event, RiskLevelChanged):

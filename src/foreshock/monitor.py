@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import platform
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
@@ -15,6 +16,7 @@ import torch
 from pydantic import NonNegativeInt, PositiveInt
 
 from foreshock.activation_watch import ActivationWatch
+from foreshock.distributed_part import is_split
 from foreshock.function_monitor import FunctionMonitor
 from foreshock.gate_watch import GateWatch
 from foreshock.gates import AlphaSchedule, GateMonitor, GateSettings, gates_of
@@ -24,6 +26,7 @@ from foreshock.guard import (
     BatchSource,
     Event,
     Guard,
+    JointWatch,
     LaggingWatch,
     RolledBack,
     Seen,
@@ -32,7 +35,9 @@ from foreshock.guard import (
     Verdict,
     Watch,
     can_lag,
+    find_ranks,
     make_source,
+    named_parameters,
 )
 from foreshock.guard.clipping import NonfiniteNorm, as_max_norm
 from foreshock.host_read import as_number
@@ -47,6 +52,8 @@ from foreshock.spectral_risk import SpectralRisk
 from foreshock.step_watch import StepWatch, shielded
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from foreshock.sinks import Sink
     from foreshock.surprise import SurpriseProbe
 
@@ -67,7 +74,7 @@ class MonitorSettings(Settings):
 
     accepted_beside: ClassVar[tuple[str, ...]] = (
         "model", "optimizer", "out_dir", "guard", "state", "surprise", "gate_schedule", "sinks",
-        "sync",
+        "sync", "process_group",
         "save_metrics", "save_metrics_steps",
     )  # fmt: skip
 
@@ -120,6 +127,8 @@ class MonitorSettings(Settings):
     """Steps between looks at the rotation gates, if the model has some."""
     gates: GateSettings = GateSettings()
     """When what is seen of them is a risk."""
+    rank_records: bool = False
+    """Whether every rank but the first keeps records too, in `rank_00001` and so on in out_dir."""
 
 
 class Monitor:
@@ -163,16 +172,22 @@ class Monitor:
             they are closed when the run ends.
         sync: whether the verdict is always that of the present step. On a CUDA device it is that of
             the step before where the optimizer is fused, or the guard only observes.
+        process_group: the ranks that train this model together, each with a monitor of its own;
+            all reach the same verdict, and only the first writes records. None: those of the
+            default group, if the model is wrapped in DistributedDataParallel or its parameters are
+            DTensors.
         more: the other fields of `MonitorSettings`; one that is unknown is answered with the
             nearest that there is.
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is accepted.
         OSError: out_dir cannot be written to.
+        RanksLost: in a later call: another rank has ended, or hangs.
     Cost:
-        Per step one read of the gradients and one of the parameters. On an accelerator each is
-        waited for, unless the verdict is that of the step before (see `sync`). Snapshots (in
-        `recover` mode) copy model and optimizer into host memory. Every `spectral_interval` steps
-        up to 14 reads of the weight matrices.
+        Per step one read of the gradients and one of the parameters, and of many ranks one
+        all_reduce of 136 bytes (docs/ranks.md). On an accelerator each is waited for, unless the
+        verdict is that of the step before (see `sync`). Snapshots (in `recover` mode) copy model
+        and optimizer into host memory. Every `spectral_interval` steps up to 14 reads of the weight
+        matrices.
     """
 
     def __init__(
@@ -192,6 +207,7 @@ class Monitor:
         save_metrics_steps: int = 10,
         sinks: Sequence[Sink] = (),
         sync: bool = False,
+        process_group: ProcessGroup | None = None,
         **more: Any,
     ) -> None:
         _require(isinstance(model, torch.nn.Module), "model", model, "a torch.nn.Module")
@@ -214,6 +230,8 @@ class Monitor:
         state = dict(_checked_state(state or {}))
         if gate_schedule is not None:
             state["gate_schedule"] = gate_schedule
+        parameters = list(named_parameters(model, optimizer).values())
+        self._ranks = find_ranks(model, parameters, process_group)
         spectra = self._follow_spectra(model)
         if spectra is not None:
             state["spectral"] = spectra
@@ -225,16 +243,11 @@ class Monitor:
         watches = self._make_watches(model, surprise, gate_schedule)
         self._watches = {name: shielded(name, watch) for name, watch in watches.items()}
         state.update({n: w for n, w in self._watches.items() if isinstance(w, Stateful)})
-        lags = not sync and can_lag(model, optimizer, self._guard, _LAGGING_DEVICE)
-        watch = LaggingWatch if lags else Watch
-        only_trainable = self._settings.parameters == "trainable"
-        self._watch = watch(
-            model, optimizer, state, self._guard, self._record, only_trainable=only_trainable
-        )
+        self._watch = self._make_watch(model, state, sync)
         self._watch.step = self._settings.first_step
         self._risk = None if spectra is None else self._make_risk(spectra)
-        self._journal = Journal(out_dir, self._config(spectra), sinks)
-        self._metrics = self._make_metrics(model)
+        self._journal = self._open_journal(out_dir, self._config(spectra), sinks)
+        self._metrics = self._make_metrics(model) if self._is_first else None
         self._summary: dict[str, Any] | None = None
         self._has_failed_inside = False
         self._gate = StepGate(
@@ -244,6 +257,26 @@ class Monitor:
             self._admit,
             self._note_call,
         )
+
+    def _make_watch(
+        self, model: torch.nn.Module, state: Mapping[str, Stateful], sync: bool
+    ) -> Watch:
+        given = (model, self._optimizer, state, self._guard, self._record)
+        only_trainable = self._settings.parameters == "trainable"
+        if self._ranks is not None:
+            return JointWatch(*given, self._ranks, only_trainable=only_trainable)
+        lags = not sync and can_lag(model, self._optimizer, self._guard, _LAGGING_DEVICE)
+        return (LaggingWatch if lags else Watch)(*given, only_trainable=only_trainable)
+
+    def _open_journal(
+        self, out_dir: str | os.PathLike[str], config: Mapping[str, Any], sinks: Sequence[Sink]
+    ) -> Journal:
+        rank = 0 if self._ranks is None else self._ranks.rank
+        if rank == 0:
+            return Journal(out_dir, config, sinks)
+        is_written = self._settings.rank_records
+        own = Path(out_dir) / f"rank_{rank:05d}"
+        return Journal(own, config, is_written=is_written, rank=rank)
 
     def _follow_spectra(self, model: torch.nn.Module) -> SpectralWatch | None:
         given = self._settings
@@ -256,7 +289,13 @@ class Monitor:
             given.spectral_include,
             given.spectral_exclude,
             given.spectral,
+            self._group_of_parts(model),
         )
+
+    def _group_of_parts(self, model: torch.nn.Module) -> ProcessGroup | None:
+        """The ranks that must add up what each sees of a matrix; None where each has all of it."""
+        has_parts = any(map(is_split, model.parameters()))
+        return self._ranks.group if self._ranks is not None and has_parts else None
 
     def _make_noise(self) -> NoiseWatch | None:
         given = self._settings
@@ -389,6 +428,8 @@ class Monitor:
         norm_type: float = 2.0,
         error_if_nonfinite: bool = False,
         foreach: bool | None = None,
+        *,
+        loss: torch.Tensor | float | None = None,
     ) -> torch.Tensor:
         """Clips the gradients of all parameters together, as `foreshock.clip_grad_norm_` does.
 
@@ -400,6 +441,8 @@ class Monitor:
             norm_type: 2 or inf.
             error_if_nonfinite: whether a norm that is NaN or infinite is an error.
             foreach: accepted as torch does; there is one way only.
+            loss: of the step, as it will be given to `step`. Of many ranks: what they have to tell
+                each other for the verdict then travels with the norm, and `step` sends nothing.
         Returns:
             The norm before clipping, (), float64 if a gradient is, else float32; NaN or infinite if
             a gradient is.
@@ -415,6 +458,8 @@ class Monitor:
             raise ValueError(f"norm_type is {norm_type!r}; accepted: 2 and inf")
         begun = self._journal.begin()
         try:
+            if self._ranks is not None and loss is not None:
+                self._watch.expect_loss(as_number(loss, "loss"))
             clip = functools.partial(self._watch.clip, limit, norm_type, error_if_nonfinite)
             norm = self._safely(clip, None)
             if norm is not None:
@@ -508,6 +553,10 @@ class Monitor:
         return self._journal.counts
 
     @property
+    def _is_first(self) -> bool:
+        return self._ranks is None or self._ranks.rank == 0
+
+    @property
     def latest(self) -> dict[str, Any]:
         """The last telemetry record, as telemetry.jsonl has it; empty before the first."""
         return dict(self._journal.latest)
@@ -527,7 +576,7 @@ class Monitor:
             for watch in self._watches.values():
                 self._safely(watch.close, None)
             self._safely(self._watch.history.finish, None)
-            if self._noise is not None:
+            if self._noise is not None and self._is_first:
                 save = functools.partial(self._noise.save, self._journal.out_dir)
                 self._safely(save, None)
             if self._metrics is not None:
@@ -541,6 +590,8 @@ class Monitor:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if exception and exception[0] is not None:
+            self._watch.leave()  # the other ranks may be elsewhere
         self.finalize()
 
     # ---- time and faults of our own
@@ -575,6 +626,7 @@ class Monitor:
             return  # an earlier process has run it to its end
         try:
             while self._goes_on(source):
+                begun = time.perf_counter()
                 try:
                     batch = source.fetch()
                 except StopIteration:
@@ -584,6 +636,7 @@ class Monitor:
                     return
                 if self._watch.autopsies.is_on:
                     self._watch.autopsies.note_batch(source.index - 1, batch)
+                self._watch.note_fetch(time.perf_counter() - begun)
                 yield self._watch.step, batch
                 if self._watch.history.source is not source:
                     return  # the run was finalized, or a later loop has taken over

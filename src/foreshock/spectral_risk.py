@@ -153,7 +153,7 @@ class SpectralRisk:
             if is_taken:
                 self._watch.request_snapshot()
         if level is RiskLevel.DANGER:
-            factor = self._watch.learning_rate.back_off() if self._acts else None
+            factor = self._watch.lower_learning_rate() if self._acts else None
             lowers = Response.LOWER_LEARNING_RATE
             self._record(RiskAnswered(step, level, lowers, self._acts, factor))
         return False

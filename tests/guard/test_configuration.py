@@ -26,6 +26,8 @@ BAD = {
     "skip_batches": 0.5,
     "persist_dir": 5,
     "verify_state": "perhaps",
+    "replica_interval": -1,
+    "straggler_ratio": 0,
 }
 
 
@@ -38,6 +40,8 @@ def test_defaults_are_the_specified_ones() -> None:
         "clean_steps": 2,
         "min_depth": 0,
         "check_interval": 1,
+        "replica_interval": 100,
+        "straggler_ratio": 1.5,
         "verify_state": False,
         "violation_threshold": 1e6,
         "spike_window": 128,

@@ -39,7 +39,7 @@ def test_the_offender_its_count_and_the_step_are_exact(tmp_path: Path) -> None:
     assert told["to_step"] == 4
     assert told["reason"] == "NONFINITE_WEIGHTS"
     assert told["offender"] == {
-        "kind": "parameter", "name": "head.weight", "nan": 3, "inf": 1, "numel": 24,
+        "kind": "parameter", "name": "head.weight", "nan": 3, "inf": 1, "numel": 24, "ranks": [],
     }  # fmt: skip
     (recovered,) = t.events(tmp_path, "recovered")
     assert recovered["step"] == 6

@@ -3,6 +3,7 @@
 from foreshock.guard.autopsy import Autopsies
 from foreshock.guard.clipping import clip_grad_norm_
 from foreshock.guard.configuration import Guard
+from foreshock.guard.consensus import Consensus, RankFailed, RanksLost, find_ranks
 from foreshock.guard.events import (
     Aborted,
     Action,
@@ -24,6 +25,7 @@ from foreshock.guard.events import (
     SnapshotNotSaved,
     SnapshotSaved,
     StepExamined,
+    StragglerSeen,
     Symptoms,
     TensorSeen,
     UpdateSkipped,
@@ -33,6 +35,7 @@ from foreshock.guard.examination import Examination, batch_seen, hash_batch
 from foreshock.guard.function_state import FunctionState, tensors_of
 from foreshock.guard.history import RESERVED_NAMES, History
 from foreshock.guard.inspection import Finding, Inspector, inspect_gradients, inspect_weights
+from foreshock.guard.joint_watch import JointWatch
 from foreshock.guard.lagging_watch import LaggingWatch, can_lag
 from foreshock.guard.learning_rate import LearningRateBackoff, RateBehindFunctions
 from foreshock.guard.policy import Decision, Policy, Signs
@@ -62,6 +65,7 @@ __all__ = [
     "BatchSource",
     "BufferedSource",
     "Cause",
+    "Consensus",
     "Decision",
     "Event",
     "Examination",
@@ -72,6 +76,7 @@ __all__ = [
     "Guard",
     "History",
     "Inspector",
+    "JointWatch",
     "LaggingWatch",
     "LearningRateBackoff",
     "NamedTensors",
@@ -81,6 +86,8 @@ __all__ = [
     "Place",
     "Policy",
     "RandomState",
+    "RankFailed",
+    "RanksLost",
     "RateBehindFunctions",
     "Reason",
     "Recovered",
@@ -101,6 +108,7 @@ __all__ = [
     "StatefulPart",
     "StepExamined",
     "StepGate",
+    "StragglerSeen",
     "Symptoms",
     "TensorSeen",
     "UpdateSkipped",
@@ -109,6 +117,7 @@ __all__ = [
     "batch_seen",
     "can_lag",
     "clip_grad_norm_",
+    "find_ranks",
     "hash_batch",
     "inspect_gradients",
     "inspect_weights",

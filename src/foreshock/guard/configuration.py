@@ -38,6 +38,12 @@ class Guard(Settings):
     """Whether parameters and optimizer state are summed up after each update and before the next: a
     bit that has flipped in between, however finite the outcome, is a bad state. Costs two reads of
     both a step. Not for loops that change parameters outside of `optimizer.step`."""
+    replica_interval: NonNegativeInt = 100
+    """Steps between comparisons of the parameters that several ranks hold copies of; a snapshot is
+    always followed by one. 0: none. Costs a read of them, and nothing where one process trains."""
+    straggler_ratio: PositiveFloat = 1.5
+    """A rank is told of that takes so many times as long as the others for its own work, in three
+    measured steps in a row; one step of ten is measured. `inf`: none is."""
     violation_threshold: PositiveFloat = 1e6
     """A finite loss over this is a violation: the state counts as bad."""
     spike_window: int = Field(default=128, ge=2)

@@ -30,6 +30,7 @@ class Reason(enum.Enum):
     GRADIENT_SPIKE = "GRADIENT_SPIKE"
     SPECTRAL_INSTABILITY = "SPECTRAL_INSTABILITY"
     STATE_CHANGED = "STATE_CHANGED"
+    REPLICAS_DIFFER = "REPLICAS_DIFFER"
     CONSECUTIVE_SKIPS = "CONSECUTIVE_SKIPS"
     TOO_MANY_ROLLBACKS = "TOO_MANY_ROLLBACKS"
     NO_SNAPSHOT = "NO_SNAPSHOT"
@@ -52,12 +53,29 @@ class Offender:
     nan: int
     inf: int
     numel: int
+    """Of the tensor, or of the part of it that the rank holds."""
+    ranks: tuple[int, ...] = ()
+    """Where it was found: one, or several of which it cannot be told which is wrong; none where one
+    process trains alone."""
+
+    @property
+    def rank(self) -> int | None:
+        """Where it was found, if that is one rank."""
+        return self.ranks[0] if len(self.ranks) == 1 else None
 
     def __str__(self) -> str:
         counts = [f"{n} {what}" for n, what in ((self.nan, "NaN"), (self.inf, "Inf")) if n]
-        if not counts:
-            return f"{self.kind} {self.name}: changed between two updates"
-        return f"{self.kind} {self.name}: {' and '.join(counts)} of {self.numel} values"
+        said = f"{' and '.join(counts)} of {self.numel} values" if counts else self._change()
+        return f"{self.kind} {self.name}{self._where()}: {said}"
+
+    def _where(self) -> str:
+        if not self.ranks:
+            return ""
+        named = ", ".join(map(str, self.ranks))
+        return f" on rank {named}" if len(self.ranks) == 1 else f" on ranks {named}"
+
+    def _change(self) -> str:
+        return "changed between two updates" if len(self.ranks) < 2 else "not the same"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,6 +210,16 @@ class GateAtRisk:
     """|R^T R - I|_F of its worst block, or sigmoid(alpha)."""
     expected: float | None
     """Largest that may be, or what is planned; None: any number."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StragglerSeen:
+    """A rank takes longer for its own work than the others do, which wait for it."""
+
+    step: int
+    rank: int
+    ratio: float
+    """To the mean of the others."""
 
 
 class Cause(enum.Enum):
@@ -374,4 +402,5 @@ Event = (
     | RiskAnswered
     | GateAtRisk
     | StepExamined
+    | StragglerSeen
 )

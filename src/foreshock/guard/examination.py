@@ -15,6 +15,7 @@ import xxhash
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from foreshock.distributed_part import local_part
 from foreshock.guard.containers import leaves_in, tensors_in
 from foreshock.guard.events import BatchSeen, Offender, Place, Reason, Symptoms, TensorSeen
 from foreshock.guard.inspection import can_scan, readable
@@ -77,7 +78,7 @@ def look_at(value: Any, path: str = "") -> list[Look]:
 
     Cost: one read of each, a synchronisation per device.
     """
-    found = [(at, t) for at, t in tensors_in(value, path) if can_scan(t)]
+    found = [(at, local_part(t)) for at, t in tensors_in(value, path) if can_scan(t)]
     places: dict[torch.device, list[int]] = {}
     for i, (_, tensor) in enumerate(found):
         places.setdefault(tensor.device, []).append(i)

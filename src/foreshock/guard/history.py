@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from foreshock.distributed_part import local_part
 from foreshock.guard.configuration import Guard
 from foreshock.guard.events import Event
 from foreshock.guard.persistence import Saver, SnapshotFolder, find_newest
@@ -160,10 +161,13 @@ class History:
             self.is_requested = False
             self._gradients.carries_values = is_within_accumulation
             self._claim_folder()
-            snapshot = self.ring.take(step)
-            if snapshot is not None:
-                self._note_place(snapshot)
+            self._take(step)
         self._forget_old_batches()
+
+    def _take(self, step: int) -> None:
+        snapshot = self.ring.take(step)
+        if snapshot is not None:
+            self._note_place(snapshot)
 
     def _note_place(self, snapshot: Snapshot) -> None:
         source = self.source
@@ -183,7 +187,10 @@ class History:
         # Not before a step has been run from it: only then it is known where an epoch ends.
         if good and good[-1].clean_steps and not good[-1].was_given_to_saver:
             good[-1].was_given_to_saver = True
-            self._saver.save(good[-1])
+            self._save(self._saver, good[-1])
+
+    def _save(self, saver: Saver, snapshot: Snapshot) -> None:
+        saver.save(snapshot)
 
     def _tell_of_saving(self) -> None:
         for event in () if self._saver is None else self._saver.events():
@@ -338,7 +345,7 @@ def _refuse_other_tensors(
     part: str, here: Mapping[str, torch.Tensor], there: Mapping[str, torch.Tensor]
 ) -> None:
     for name in {**here, **there}:
-        shapes = [tuple(x[name].shape) if name in x else None for x in (here, there)]
+        shapes = [tuple(local_part(x[name]).shape) if name in x else None for x in (here, there)]
         # A buffer may have grown.
         if None in shapes or (part == "parameters" and shapes[0] != shapes[1]):
             said = ["is missing" if s is None else f"has shape {s}" for s in shapes]

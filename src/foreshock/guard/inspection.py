@@ -96,13 +96,19 @@ class Inspector:
         self._is_readable_as_is = True
         self._found: list[tuple[list[int], HealthStats]] = []
 
-    def inspect(self) -> Finding:
+    def inspect(self, shares: np.ndarray[Any, Any] | None = None) -> Finding:
         """Scans the tensors as they are now.
 
+        Args:
+            shares: (T,) what the sum of squares of each tensor counts; None: 1.
         Cost: one read, a launch or two and one synchronisation per device.
         """
         self._scan_present()
-        return _total([read(stats.packed) for _, stats in self._found])
+        found = _total([read(stats.packed) for _, stats in self._found])
+        if shares is None:
+            return found
+        sums = ((read(stats.sumsq), where) for where, stats in self._found)
+        return found._replace(sumsq=float(sum(np.dot(s, shares[where]) for s, where in sums)))
 
     def inspect_later(self) -> Inspection:
         """Scans the tensors as they are now, and does not wait for what is found.
@@ -123,6 +129,11 @@ class Inspector:
         return _first_offender(
             self._kinds, [(where, read(stats.packed)) for where, stats in self._found]
         )
+
+    def place_of(self, offender: Offender) -> int | None:
+        """Where a tensor stands in the order of names; None for one that is not looked at."""
+        names = ((name, str(kind)) for name, kind in self._kinds)
+        return next((i for i, at in enumerate(names) if at == (offender.name, offender.kind)), None)
 
     def _scan_present(self) -> None:
         tensors = self._get()

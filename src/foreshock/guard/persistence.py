@@ -45,10 +45,11 @@ class SnapshotFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         return snapshot_file.write(self.file(content.step), content)
 
-    def keep(self, depth: int) -> None:
-        """Removes all but the newest."""
+    def keep(self, depth: int, before: int | None = None) -> None:
+        """Removes all but the newest, none of this step or a later one."""
         for step in self.steps()[:-depth]:
-            self.file(step).unlink(missing_ok=True)
+            if before is None or step < before:
+                self.file(step).unlink(missing_ok=True)
 
     def forget_after(self, step: int) -> None:
         """Removes those of later steps, which a rollback has made untrue."""
@@ -101,6 +102,10 @@ class Saver:
     def __init__(self, folder: SnapshotFolder, depth: int) -> None:
         self._folder = folder
         self._depth = depth
+        self.removes_before: int | None = None
+        """Older ones than of this step are removed when there are too many; None: any."""
+        self.saved_step = -1
+        """Of the snapshot that was written last."""
         self._waiting: Snapshot | None = None
         self._forget_after: int | None = None
         self._is_closing = False
@@ -193,7 +198,8 @@ class Saver:
             if checksum(snapshot.saved) != snapshot.checksum:
                 return SnapshotNotSaved(step, "its checksum no longer fits")
             size = self._folder.write(content_of(snapshot))
-            self._folder.keep(self._depth)
+            self.saved_step = step
+            self._folder.keep(self._depth, self.removes_before)
             return SnapshotSaved(step, str(self._folder.file(step)), size)
         except Exception as error:  # a full disk, and whatever else: training goes on
             return SnapshotNotSaved(step, f"{type(error).__name__}: {error}")

@@ -25,6 +25,8 @@ class Signs:
     """Parameters or optimizer state are no longer what the last update has made them."""
     spikes: tuple[Reason, ...] = ()
     """What stands out from the steps before, if that is to be acted on."""
+    have_replicas_differed: bool = False
+    """What several ranks hold copies of is not the same on all of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +111,8 @@ class Policy:
             reasons.append(Reason.NONFINITE_WEIGHTS)
         if signs.has_changed_state:
             reasons.append(Reason.STATE_CHANGED)
+        if signs.have_replicas_differed:
+            reasons.append(Reason.REPLICAS_DIFFER)
         if signs.has_nonfinite_gradient:
             reasons.append(Reason.NONFINITE_GRADIENT)
         if signs.loss is not None and not math.isfinite(signs.loss):
@@ -125,6 +129,7 @@ class Policy:
         bad = {
             Reason.NONFINITE_WEIGHTS,
             Reason.STATE_CHANGED,
+            Reason.REPLICAS_DIFFER,
             Reason.LOSS_OVER_THRESHOLD,
             Reason.SPECTRAL_INSTABILITY,
             Reason.CONSECUTIVE_SKIPS,

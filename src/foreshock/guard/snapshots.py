@@ -6,13 +6,14 @@ import concurrent.futures
 import dataclasses
 import enum
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import xxhash
 
+from foreshock.distributed_part import local_part
 from foreshock.guard.arena import Arena, Filling, in_memory_order
 from foreshock.guard.containers import arrays_in, copy_out, copy_with, tensors_in
 from foreshock.guard.events import SnapshotDropped
@@ -160,7 +161,7 @@ class SnapshotRing:
             times, and used again.
         """
         live = {name: part.live() for name, part in self._parts.items()}
-        dense = [(path, t) for path, t in tensors_in(live) if not t.is_sparse]
+        dense = [(path, local_part(t)) for path, t in tensors_in(live) if not t.is_sparse]
         tensors = [t for _, t in dense]
         arena = self._arena_for(step, tensors)
         if arena is None:
@@ -178,6 +179,17 @@ class SnapshotRing:
             self._take_in(snapshot, arena.fill(tensors))
         self._make_room()
         return snapshot if snapshot in self._ring else None
+
+    def settle(self) -> None:
+        """Waits until it is known of every snapshot whether it is fit for use."""
+        self._conclude(wait=True)
+
+    def keep_only(self, steps: Container[int], why: str) -> None:
+        """Drops the snapshots of all other steps."""
+        gone = [kept for kept in self._ring if kept.step not in steps]
+        self._forget(gone)
+        for snapshot in gone:
+            self._dropped(SnapshotDropped(snapshot.step, why))
 
     def hold_back_update(self) -> None:
         """Before an update: has the device wait for the copies that are under way."""

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import torch
 
+from foreshock.distributed_part import local_part
 from foreshock.guard.containers import copy_out
 
 
@@ -139,10 +140,12 @@ class GradientState:
 
 
 def _restore_gradient(p: torch.Tensor, kept: torch.Tensor) -> None:
+    if p.grad is None and local_part(p) is not p:
+        p.grad = torch.zeros_like(p)
     if p.grad is None or p.grad.is_sparse or kept.is_sparse:
         p.grad = kept.to(p.device, copy=True)
     else:
-        p.grad.copy_(kept)
+        local_part(p.grad).copy_(kept)
 
 
 def _has_values(gradients: list[torch.Tensor]) -> torch.Tensor:
@@ -150,7 +153,7 @@ def _has_values(gradients: list[torch.Tensor]) -> torch.Tensor:
     if not gradients:
         return torch.zeros(0, dtype=torch.bool)
     device = gradients[0].device
-    dense = [g._values() if g.is_sparse else g for g in gradients]
+    dense = [g._values() if g.is_sparse else local_part(g) for g in gradients]
     return torch.stack([g.any().to(device, non_blocking=True) for g in dense])
 
 
@@ -224,6 +227,7 @@ def _restore_into(
 
 def _copy_into(live: torch.Tensor, kept: torch.Tensor) -> None:
     """In place, since optimizers, views and captured graphs hold on to the memory."""
+    live = local_part(live)
     if live.shape == kept.shape:
         live.copy_(kept)
     else:  # a buffer that has grown
@@ -245,10 +249,12 @@ def _tensor_made_anew(value: torch.Tensor, like: _MomentLike) -> torch.Tensor:
     p = like.parameter
     if value.dim() == 0 and not like.counts_on_device:
         return value.clone()
-    if value.shape != p.shape:
+    if value.shape != local_part(p).shape:
         return value.to(p.device, copy=True)
     # In the parameter's own order of memory: fused kernels walk through both at once.
-    return torch.empty_like(p, dtype=value.dtype, requires_grad=False).copy_(value)
+    made = torch.empty_like(p, dtype=value.dtype, requires_grad=False)
+    local_part(made).copy_(value)
+    return made
 
 
 class RandomState:

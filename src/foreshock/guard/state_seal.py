@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
+from foreshock.distributed_part import local_part
 from foreshock.guard.containers import tensors_in
 from foreshock.guard.events import Offender
 from foreshock.host_read import read
@@ -57,6 +58,10 @@ class StateSeal:
                 return Offender(kind, name, 0, 0, tensor.numel())  # type: ignore[arg-type]
         return None
 
+    def place_of(self, offender: Offender) -> int | None:
+        """Where a tensor stands in the order of names; None for one that is not summed up."""
+        return self._names.index(offender.name) if offender.name in self._names else None
+
     def _changed(self) -> torch.Tensor:
         names, sums = self._sum_up()
         if self._sums is None or names != self._names:
@@ -74,13 +79,13 @@ class StateSeal:
         names, tensors = zip(*self._tensors(), strict=True)
         device = tensors[0].device
         with torch.no_grad():
-            sums = [_sum_of_bits(t) for t in tensors]
+            sums = [sum_of_bits(t) for t in tensors]
             return list(names), torch.stack([s.to(device, non_blocking=True) for s in sums])
 
 
-def _sum_of_bits(tensor: torch.Tensor) -> torch.Tensor:
-    """() int64."""
-    dense = tensor.detach()
+def sum_of_bits(tensor: torch.Tensor) -> torch.Tensor:
+    """() int64: the words of a tensor's memory added up, mod 2^64; of a DTensor, of this part."""
+    dense = local_part(tensor).detach()
     dense = dense._values() if dense.is_sparse else dense
     flat = dense.contiguous().view(-1)
     size = max(n for n in _WORDS if flat.nbytes % n == 0 and flat.data_ptr() % n == 0)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from foreshock.distributed_part import local_part
 from foreshock.guard.autopsy import Autopsies
 from foreshock.guard.clipping import (
     clip_factor,
@@ -33,6 +34,7 @@ from foreshock.guard.events import (
     Recovered,
     Resumed,
     RolledBack,
+    StepExamined,
     UpdateSkipped,
     Verdict,
 )
@@ -125,11 +127,10 @@ class Watch:
             "learning_rate": self.learning_rate,
             "course": self,
         }
-        self.history = History(
-            model, optimizer, state, guard, record, run, only_trainable=only_trainable
-        )
+        self._only_trainable = only_trainable
+        self.history = self._make_history(model, optimizer, state, run)
         inspectors = (self._weights, self._gradients)
-        self.autopsies = Autopsies(model, parameters, *inspectors, record)
+        self.autopsies = Autopsies(model, parameters, *inspectors, self._record_examined)
         self.step = 0
         """The step that is being run; between steps, the one that comes next."""
         self.last_loss: float | None = None
@@ -148,6 +149,19 @@ class Watch:
         self._failed_step: int | None = None
         self._good: Snapshot | None = None
         self._has_warned_of_closure = False
+
+    def _record_examined(self, event: StepExamined) -> None:
+        self._record(event)
+
+    def _make_history(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: Mapping[str, Stateful],
+        run: Mapping[str, Stateful],
+    ) -> History:
+        given = (model, optimizer, state, self._guard, self._record, run)
+        return History(*given, only_trainable=self._only_trainable)
 
     def _make_spikes(self) -> Stateful:
         """What of the detector belongs to the state of the run."""
@@ -259,6 +273,19 @@ class Watch:
         """Has a snapshot taken as soon as a step has been clean; in recover mode, that is."""
         self._wants_snapshot = True
 
+    def lower_learning_rate(self) -> float:
+        """Lowers it as after a rollback; the factor that is in force then."""
+        return self.learning_rate.back_off()
+
+    def expect_loss(self, loss: Any) -> None:
+        """The loss of the step, if it is known before the gradients are clipped."""
+
+    def note_fetch(self, seconds: float) -> None:
+        """What the loader took for the batch of the step that begins."""
+
+    def leave(self) -> None:
+        """The run has been given up: nobody else is waited for."""
+
     @property
     def was_stepped(self) -> bool:
         """Whether the optimizer was called in the step that is being run."""
@@ -299,32 +326,41 @@ class Watch:
         if self.stopped is not None:
             return
         self.autopsies.begin(self.step)
-        if self._weights.inspect().has_nonfinite:
+        if self._are_weights_bad_at_end():
             self._decide(Signs(has_nonfinite_weights=True))
             self._record_skip()
             self._current = _Step()
         else:
             self._note_passed(self.step)
 
+    def _are_weights_bad_at_end(self) -> bool:
+        return self._weights.inspect().has_nonfinite
+
     def _judge(self, loss: float | None, is_unstable: bool = False) -> Verdict:
+        now = self._current
+        signs, finding = self._look(loss, is_unstable)
+        if signs.loss is not None:
+            self.seen = Seen(self.step, signs.loss, finding)
+            if not now.has_scores:
+                now.has_scores = True
+                spikes = self._spikes.update(signs.loss, finding.norm)
+                spikes = self._to_be_acted_on(self.step, spikes)
+                signs = dataclasses.replace(signs, spikes=spikes) if spikes else signs
+        verdict = self._decide(signs)
+        if verdict.action is Action.CONTINUE and signs.loss is not None:
+            self.last_loss = signs.loss
+        return verdict
+
+    def _look(self, loss: float | None, is_unstable: bool) -> tuple[Signs, Finding]:
+        """What the step shows, but for spikes, and what is in its gradients."""
         now = self._current
         is_of_this_update = now.was_stepped and now.verdict is None
         finding = self._known_finding(even_if_changed=is_of_this_update)
         is_normal = loss is not None and loss <= self._guard.violation_threshold
         has_bad_weights = self._are_weights_bad(finding.has_nonfinite or not is_normal)
-        spikes: tuple[Reason, ...] = ()
-        if loss is not None:
-            self.seen = Seen(self.step, loss, finding)
-            if not now.has_scores:
-                now.has_scores = True
-                spikes = self._to_be_acted_on(self.step, self._spikes.update(loss, finding.norm))
         has_bad_gradient = self._is_gradient_bad(finding)
         has_changed = self._has_state_changed()
-        signs = Signs(loss, has_bad_gradient, has_bad_weights, is_unstable, has_changed, spikes)
-        verdict = self._decide(signs)
-        if verdict.action is Action.CONTINUE and loss is not None:
-            self.last_loss = loss
-        return verdict
+        return Signs(loss, has_bad_gradient, has_bad_weights, is_unstable, has_changed), finding
 
     def _has_state_changed(self) -> bool:
         """Between two updates nothing may change in parameters and optimizer state."""
@@ -350,15 +386,18 @@ class Watch:
         return spikes
 
     def _decide(self, signs: Signs) -> Verdict:
-        inspected = self._weights if signs.has_nonfinite_weights else self._gradients
-        find_offender = inspected.find_offender
-        if signs.has_changed_state and self._seal is not None and not signs.has_nonfinite_weights:
-            find_offender = self._seal.find_changed
-        verdict = self._verdict_on(self.step, signs, find_offender)
+        verdict = self._verdict_on(self.step, signs, self._finder(signs))
         self._current.verdict = verdict
         self._current.is_recorded = False
         self._act(verdict)
         return verdict
+
+    def _finder(self, signs: Signs) -> Callable[[], Offender | None]:
+        if signs.has_nonfinite_weights:
+            return self._weights.find_offender
+        if signs.has_changed_state and self._seal is not None:
+            return self._seal.find_changed
+        return self._gradients.find_offender
 
     def _verdict_on(
         self, step: int, signs: Signs, find_offender: Callable[[], Offender | None]
@@ -499,7 +538,7 @@ class Watch:
         A fused optimizer of torch multiplies them as it reads them in its step; until then they
         are as they were. Only if it has all that there is to be clipped.
         """
-        norm = norm_of(self.scan_gradients(), norm_type)
+        norm = self._norm_to_clip(norm_type, error_if_nonfinite)
         if self._clip_mark != self._look_at_gradients():
             self._clip_factor = 1.0  # of gradients that no update has taken
         norm *= self._clip_factor
@@ -512,6 +551,9 @@ class Watch:
             scale_gradients(self.parameters, factor)
             self.note_clipped()
         return norm_like_torchs(self.parameters, norm)
+
+    def _norm_to_clip(self, norm_type: float, is_to_be_finite: bool) -> float:
+        return norm_of(self.scan_gradients(), norm_type)
 
     def _can_ride(self) -> bool:
         """Not for a closure: the step that it runs in has begun."""
@@ -570,5 +612,5 @@ class Watch:
         for p in self.parameters:
             gradient = p.grad
             if gradient is not None:
-                return id(gradient), gradient._version
+                return id(gradient), local_part(gradient)._version
         return None

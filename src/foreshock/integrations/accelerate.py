@@ -92,10 +92,16 @@ def watch(
         out_dir,
         guard,
         state={**known, **(state or {})},
-        **settings,
+        **{"process_group": _ranks_of(accelerator), **settings},
     )
     let_scaler_step_through_the_gate(optimizer)
     return monitor
+
+
+def _ranks_of(accelerator: Accelerator) -> Any:
+    """Those that train the model together; None if this process does so alone."""
+    is_of_many = accelerator.num_processes > 1 and torch.distributed.is_initialized()
+    return torch.distributed.group.WORLD if is_of_many else None
 
 
 def why_unguarded(engine: str, model: torch.nn.Module) -> str | None:

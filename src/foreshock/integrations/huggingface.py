@@ -39,7 +39,8 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]
     what is learned; else by the monitor, whose norm is that of the same pass. An update that is not
     to be made never reaches the optimizer, and counts as a step. A rollback restores model,
     optimizer, scheduler, GradScaler and random numbers; the Trainer goes on with its next batch and
-    counts on, and so does the monitor. The Trainer is told to stop when the guard gives up.
+    counts on, and so does the monitor. The Trainer is told to stop when the guard gives up. Many
+    ranks decide together.
 
     `logging_nan_inf_filter`, which hides a loss that is NaN behind the mean of those before and
     waits for the device in every step, is switched off.
@@ -224,7 +225,7 @@ class _Attached:
         self._trainer.accelerator.unscale_gradients()
         if self._is_observer:
             return self.monitor.clipped_by(lambda: inner(parameters, max_norm, norm_type))
-        return self.monitor.clip_grad_norm_(max_norm, float(norm_type))
+        return self.monitor.clip_grad_norm_(max_norm, float(norm_type), loss=self._loss)
 
     def _unscale_gradients(self, inner: Callable[..., Any], *args: Any) -> None:
         """Once an update: a GradScaler refuses a second time."""

@@ -11,6 +11,7 @@ from foreshock.records.ledger_verification import Verification, read_ledger, ver
 from foreshock.records.metrics_reader import Metrics, read_metrics
 from foreshock.records.metrics_recorder import MetricsRecorder
 from foreshock.records.poc_report import read_poc_report, read_poc_summary
+from foreshock.records.rank_telemetry import read_rank_telemetry
 from foreshock.records.series_reader import Series, read_series
 from foreshock.records.series_recorder import SeriesRecorder
 from foreshock.records.summary import read_summary, write_summary
@@ -32,6 +33,7 @@ __all__ = [
     "read_metrics",
     "read_poc_report",
     "read_poc_summary",
+    "read_rank_telemetry",
     "read_series",
     "read_summary",
     "read_telemetry",

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from foreshock.distributed_part import is_split
 from foreshock.host_read import Later
 from foreshock.ops import PowerIterator
 from foreshock.ops.power_iteration import why_not_summed
@@ -250,7 +251,9 @@ def _why_not_read(parameter: Tensor, group: ProcessGroup | None) -> str | None:
         return "not trained"
     if parameter.dtype not in _READ_DTYPES or parameter.layout is not torch.strided:
         return f"{str(parameter.dtype).removeprefix('torch.')}, {parameter.layout} is not read"
-    return None if group is None else why_not_summed(parameter, group)
+    if group is not None:
+        return why_not_summed(parameter, group)
+    return "split over ranks" if is_split(parameter) else None
 
 
 def _fits(name: str, include: Iterable[str], exclude: Iterable[str]) -> bool:

@@ -96,14 +96,14 @@ class _Span:
         of_all = sizes_M.unbind()
         sizes_G1 = torch.stack([of_all[m] for m in self._members])[:, None]
         y_Gn = torch.stack(self._vs) * sizes_G1
-        known = max(k + 1, 2)  # one more is 0; see `_norms`
+        known = max(k + 1, 2)  # one more is 0; see `row_norms`
         along_Gk = self._along(y_Gn, known)
         self.T_GKK[:, k, k] = along_Gk[:, k]
         if k + 1 == self.T_GKK.shape[1]:
             return
         rest_Gn = y_Gn - self._combined(along_Gk)
         rest_Gn = rest_Gn - self._combined(self._along(rest_Gn, known))
-        beta_G1 = _norms(rest_Gn)
+        beta_G1 = row_norms(rest_Gn)
         largest_G1 = self.T_GKK.diagonal(dim1=1, dim2=2).amax(1, keepdim=True)
         is_new_G1 = beta_G1 > _OVER * largest_G1
         offdiagonal_G = torch.where(is_new_G1, beta_G1, 0)[:, 0]
@@ -114,7 +114,7 @@ class _Span:
         """Makes the direction of these weights the v of each matrix; where there is none, the
         first."""
         ritz_Gn = self._combined(weights_GK)
-        length_G1 = _norms(ritz_Gn)
+        length_G1 = row_norms(ritz_Gn)
         found_Gn = torch.where(length_G1 > 0.5, ritz_Gn / length_G1, self._start_Gn)
         torch._foreach_copy_(self._vs, list(found_Gn.unbind()))
 
@@ -127,8 +127,11 @@ class _Span:
         return (self._basis_GKn[:, : weights_Gk.shape[1]] * weights_Gk[:, :, None]).sum(1)
 
 
-def _norms(x_Gn: Tensor) -> Tensor:
-    """(G, 1). Twice, because threads would share a single sum, and round it in their own way."""
+def row_norms(x_Gn: Tensor) -> Tensor:
+    """(G, 1), which no number of threads changes.
+
+    Twice, because threads would share a single sum, and round it in their own way.
+    """
     return torch.stack([x_Gn, x_Gn], dim=1).square().sum(2)[:, :1].sqrt()
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from foreshock.ops.power_iteration.lanczos import row_norms
 from foreshock.ops.power_iteration.matrices import Layout, layout_of
 from foreshock.ops.power_iteration.reference import LEAST_SHARE
 
@@ -158,6 +159,6 @@ class _Whole:
         self._packed.copy_(torch.where(is_usable[:, None], rows, otherwise[:, None]))
 
     def _norms(self, x_N: Tensor) -> Tensor:
-        """(M,): of each matrix's part. By itself: what else is in the list does not round it."""
-        parts = torch._foreach_norm(list(x_N.split(self._columns)))
+        """(M,): of each matrix's part, the same bits on ranks of different numbers of threads."""
+        parts = [row_norms(part[None])[0, 0] for part in x_N.split(self._columns)]
         return torch.stack([x_N.new_zeros(()), *parts])[1:]

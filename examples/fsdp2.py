@@ -1,0 +1,65 @@
+"""A training split over processes with FSDP2, struck by a fault in the shard of one of them.
+
+torchrun --standalone --nproc-per-node 2 examples/fsdp2.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import foreshock as fs
+
+STEPS, STRUCK_AT = 60, 40
+
+
+def batches() -> torch.utils.data.DataLoader[tuple[torch.Tensor, ...]]:
+    """Other ones on each rank."""
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    x = torch.randn(STEPS * 16, 8, generator=generator)
+    y = (x[:, :4].sum(1) > x[:, 4:].sum(1)).long()
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=16)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out-dir", default="runs/fsdp2")
+    out_dir = parser.parse_args().out_dir
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 2))
+    for layer in (model[0], model[2]):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    guard = fs.Guard(mode="recover", snapshot_interval=10)
+    has_struck = False
+    with fs.Monitor(model, optimizer, out_dir, guard) as monitor:
+        for step, (x, y) in monitor.loop(batches()):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+            if step == STRUCK_AT and dist.get_rank() == 1 and not has_struck:
+                has_struck = True
+                model[0].weight.to_local().data[3, 1] = math.nan  # a fault in one rank's memory
+            monitor.clip_grad_norm_(1.0, loss=loss)
+            verdict = monitor.step(loss)  # the same on every rank
+            optimizer.step()
+            if verdict.action is fs.Action.ROLL_BACK and dist.get_rank() == 0:
+                print(f"step {verdict.step}, rolled back: {verdict.offender}")
+            if not verdict:
+                break
+    if dist.get_rank() == 0:
+        print(f"final loss {monitor.finalize()['final_loss']:.3f}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

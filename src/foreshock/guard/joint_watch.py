@@ -1,0 +1,322 @@
+"""A watch of many ranks: each looks at what it holds, and all decide as one."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from foreshock.distributed_part import is_split
+from foreshock.guard.clipping import norm_of
+from foreshock.guard.configuration import Guard
+from foreshock.guard.consensus import Consensus, RankFailed, Share
+from foreshock.guard.copies import Copies
+from foreshock.guard.events import (
+    Action,
+    Event,
+    Offender,
+    Place,
+    StepExamined,
+    StragglerSeen,
+)
+from foreshock.guard.history import History
+from foreshock.guard.inspection import Finding
+from foreshock.guard.joint_history import JointHistory, folder_of
+from foreshock.guard.pace import Pace
+from foreshock.guard.policy import Signs
+from foreshock.guard.split_gradients import add_up_partial, shares_of
+from foreshock.guard.state import Stateful, named_parameters
+from foreshock.guard.watch import Watch
+from foreshock.host_read import read
+
+_BY_EXCLUSION = ("loss", "gradient", "after", "not_located")
+"""Places that are named when everything before them was finite, here."""
+
+
+class JointWatch(Watch):
+    """A `Watch` on every rank, with one verdict.
+
+    What the ranks have found is added up in one all_reduce of 136 bytes: with the norm of gradients
+    that are split over ranks, if the loss is known by then, else when the step is judged. All that
+    depends on what only one rank sees waits for it. Only a step that has gone wrong takes more
+    words: whose tensor it was, and which snapshot all ranks can return to.
+
+    Whether the ranks speak to each other never depends on what one of them has seen.
+
+    Args:
+        model, optimizer, state, guard, record: as for `Watch`, the same on all ranks.
+        ranks: of which this is one.
+        only_trainable: as for `Watch`.
+    Raises:
+        ValueError: model or guard are not the same on all ranks.
+    """
+
+    history: JointHistory
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: Mapping[str, Stateful],
+        guard: Guard,
+        record: Callable[[Event], None],
+        ranks: Consensus,
+        *,
+        only_trainable: bool = False,
+    ) -> None:
+        self._ranks = ranks
+        self._heard: tuple[object, Share] | None = None
+        """What all ranks together have found, and the step that it was in."""
+        self._expected_loss: float | None = None
+        self._is_loss_bad = False
+        self._is_unstable_here = self._asks_for_snapshot = self._asks_for_lower_rate = False
+        of_rank = _for_rank(guard, ranks.rank)
+        super().__init__(model, optimizer, state, of_rank, record, only_trainable=only_trainable)
+        named = named_parameters(model, optimizer)
+        ranks.require_same("model", [(name, tuple(p.shape)) for name, p in named.items()])
+        ranks.require_same("guard", guard.model_dump(mode="json", exclude={"persist_dir"}))
+        self._shares = shares_of(self.parameters, ranks.size)
+        self._is_split = any(map(is_split, self.parameters))
+        self._copies = Copies(named, ranks)
+        self._pace = Pace(model, guard.straggler_ratio)
+        self._seconds = 0.0
+        self._is_slow = False
+
+    def _make_history(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: Mapping[str, Stateful],
+        run: Mapping[str, Stateful],
+    ) -> History:
+        given = (model, optimizer, state, self._guard, self._record, run)
+        return JointHistory(*given, self._ranks, only_trainable=self._only_trainable)
+
+    def _record_examined(self, event: StepExamined) -> None:
+        """Says no more than this rank can know of what was found on another."""
+        offender = None if event.again is None else event.again.offender
+        where = offender.ranks if offender is not None else ()
+        is_here = self._ranks.rank in where if where else self._is_loss_bad
+        if event.place is not None and event.place.kind in _BY_EXCLUSION and not is_here:
+            named = f"rank {where[0]}" if len(where) == 1 else "another rank"
+            event = dataclasses.replace(event, place=Place("not_located", why=f"{named} has it"))
+        self._record(event)
+
+    def start_step(self) -> None:
+        super().start_step()
+        self._pace.begin(self.step)
+
+    def note_fetch(self, seconds: float) -> None:
+        self._pace.note_fetch(seconds)
+
+    def leave_loop(self) -> None:
+        self._pace.end()
+        super().leave_loop()
+
+    def leave(self) -> None:
+        self._ranks.leave()
+
+    # ---- what is asked of all ranks at the next word
+
+    def request_snapshot(self) -> None:
+        self._asks_for_snapshot = True
+
+    def lower_learning_rate(self) -> float:
+        self._asks_for_lower_rate = True
+        return self.learning_rate.factor * self._guard.lr_backoff
+
+    def expect_loss(self, loss: Any) -> None:
+        self._expected_loss = loss
+
+    # ---- the word of this rank, and that of all
+
+    def _exchange(self, loss: float | None, *, is_new: bool = False) -> Share:
+        """Adds up what the ranks have found in the step; all of them call it at the same place."""
+        fault: Exception | None = None
+        try:
+            found = self._found_here(loss, is_new)
+        except Exception as error:  # told of below, when the others have heard that it happened
+            fault, found = error, Share(failed=1.0)
+        heard = self._ranks.share(found)
+        if fault is not None:
+            raise fault
+        if heard.failed:
+            raise RankFailed(f"step {self.step}: another rank has failed, and says why")
+        self._is_unstable_here = self._asks_for_snapshot = self._asks_for_lower_rate = False
+        self._heard = self._current, heard
+        self._do_what_was_asked(heard)
+        return heard
+
+    def _found_here(self, loss: float | None, is_new: bool) -> Share:
+        now = self._current
+        is_of_this_update = now.was_stepped and now.verdict is None
+        finding = (
+            self.scan_gradients()
+            if is_new
+            else self._known_finding(even_if_changed=is_of_this_update)
+        )
+        self._is_loss_bad = loss is not None and not math.isfinite(loss)
+        low_words = high_words = 0.0
+        if loss is not None and self._compares:
+            low_words, high_words = self._copies.weighted_sums()
+        return Share(
+            gradient_nan=finding.nan,
+            gradient_inf=finding.inf,
+            gradient_sumsq=finding.sumsq,
+            bad_weights=self._bad_weights() if self._looks_at_weights else 0,
+            loss=loss or 0.0,
+            losses=loss is not None,
+            changed_state=self._has_state_changed(),
+            unstable=self._is_unstable_here,
+            wants_snapshot=self._asks_for_snapshot,
+            wants_lower_rate=self._asks_for_lower_rate,
+            lost_snapshots=self.history.has_lost(),
+            unsaved=self.history.has_unsaved,
+            seconds=self._own_seconds(loss),
+            slow=self._is_slow,
+            low_words=low_words,
+            high_words=high_words,
+        )
+
+    @property
+    def _looks_at_weights(self) -> bool:
+        return self.step % self._guard.check_interval == 0
+
+    @property
+    def _compares(self) -> bool:
+        """Whether copies are compared in this step; a snapshot of ones that differ is no good."""
+        interval = self._guard.replica_interval
+        is_taken = self.history.last_tried == self.step
+        return interval > 0 and (is_taken or self.step % interval == 0)
+
+    def _bad_weights(self) -> int:
+        found = self._weights.inspect()
+        return found.nan + found.inf
+
+    def _do_what_was_asked(self, heard: Share) -> None:
+        if heard.lost_snapshots:
+            self.history.drop_what_a_rank_lost()
+        if heard.wants_lower_rate:
+            self.learning_rate.back_off()
+        if heard.slow:
+            self._tell_of_slow_ranks()
+        if heard.seconds:
+            mine = self._seconds
+            self._is_slow = self._pace.is_news(mine, heard.seconds, self._ranks.size)
+        if not heard.unsaved:
+            self.history.note_all_saved()
+        self._wants_snapshot |= heard.wants_snapshot > 0
+
+    def _own_seconds(self, loss: float | None) -> float:
+        is_due = loss is not None and self._pace.is_measured
+        self._seconds = self._pace.end() if is_due else 0.0
+        return self._seconds
+
+    def _tell_of_slow_ranks(self) -> None:
+        mine = torch.zeros(self._ranks.size, dtype=torch.float64)
+        mine[self._ranks.rank] = self._pace.ratio_now if self._is_slow else 0.0
+        self._is_slow = False
+        for rank, ratio in enumerate(read(self._ranks.sums(mine)).tolist()):
+            if ratio:
+                self._record(StragglerSeen(self.step, rank, ratio))
+
+    def _heard_in_this_step(self) -> Share | None:
+        step, heard = self._heard or (None, None)
+        return heard if step is self._current else None
+
+    # ---- the verdict
+
+    def _look(self, loss: float | None, is_unstable: bool) -> tuple[Signs, Finding]:
+        self._is_unstable_here |= is_unstable
+        heard = self._heard_in_this_step()
+        if heard is None or (loss is not None and not heard.losses):
+            heard = self._exchange(loss)
+        finding = _finding_of(heard)
+        mean = heard.loss / heard.losses if heard.losses else None
+        is_normal = mean is not None and mean <= self._guard.violation_threshold
+        bad_weights = heard.bad_weights
+        if not self._looks_at_weights and (finding.has_nonfinite or not is_normal):
+            bad_weights = self._ranks.share(Share(bad_weights=self._bad_weights())).bad_weights
+        signs = Signs(
+            mean,
+            self._is_gradient_bad(finding),
+            bad_weights > 0,
+            heard.unstable > 0,
+            heard.changed_state > 0,
+            have_replicas_differed=heard.have_copies_differed,
+        )
+        return signs, finding
+
+    def _are_weights_bad_at_end(self) -> bool:
+        return self._ranks.share(Share(bad_weights=self._bad_weights())).bad_weights > 0
+
+    def _finder(self, signs: Signs) -> Callable[[], Offender | None]:
+        is_of_copies = signs.have_replicas_differed and not signs.has_changed_state
+        if is_of_copies and not signs.has_nonfinite_weights:
+            return self._copies.find_different
+        find_here = super()._finder(signs)
+        return lambda: self._ranks.first_offender(
+            self._with_place(find_here()), is_loss_bad=self._is_loss_bad
+        )
+
+    def _with_place(self, offender: Offender | None) -> tuple[int, Offender] | None:
+        if offender is None:
+            return None
+        for looked in (self._weights, self._gradients, self._seal):
+            place = None if looked is None else looked.place_of(offender)
+            if place is not None:
+                return place, offender
+        return 0, offender
+
+    # ---- the update
+
+    def admits(self, has_closure: bool) -> bool:
+        if has_closure:
+            return super().admits(has_closure)
+        if self.stopped is not None:
+            return False
+        if self.history.source is None and self._current.was_stepped:
+            self.finish_step()  # nobody has asked for a verdict on the last one
+        verdict = self._current.verdict
+        if verdict is not None:
+            return verdict.action is Action.CONTINUE
+        heard = self._heard_in_this_step() or self._exchange(None)
+        if heard.changed_state:
+            self._decide(Signs(has_changed_state=True))
+            return False
+        return not _finding_of(heard).has_nonfinite
+
+    # ---- the gradients
+
+    def scan_gradients(self) -> Finding:
+        add_up_partial(self.parameters)
+        self._current.finding = finding = self._gradients.inspect(self._shares)
+        self.note_clipped()
+        return finding
+
+    def _norm_to_clip(self, norm_type: float, is_to_be_finite: bool) -> float:
+        loss, self._expected_loss = self._expected_loss, None
+        if loss is None and not self._is_split and not is_to_be_finite:
+            return super()._norm_to_clip(norm_type, is_to_be_finite)  # the same on all ranks
+        if norm_type == math.inf:
+            found = self.scan_gradients()
+            nan, inf, absmax = self._ranks.largest([found.nan, found.inf, found.absmax])
+            if loss is not None:
+                self._exchange(loss)
+            return norm_of(Finding(int(nan), int(inf), absmax=absmax), norm_type)
+        return _finding_of(self._exchange(loss, is_new=True)).norm
+
+
+def _finding_of(heard: Share) -> Finding:
+    return Finding(int(heard.gradient_nan), int(heard.gradient_inf), heard.gradient_sumsq)
+
+
+def _for_rank(guard: Guard, rank: int) -> Guard:
+    """A guard that keeps this rank's files, and trusts no snapshot that others may have lost."""
+    own: dict[str, Any] = {"clean_steps": max(1, guard.clean_steps)}
+    if guard.persist_dir is not None:
+        own["persist_dir"] = folder_of(guard.persist_dir, rank)
+    return guard.model_copy(update=own)

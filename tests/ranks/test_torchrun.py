@@ -1,0 +1,67 @@
+"""What torchrun starts, ends and starts again."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from foreshock.guard import snapshot_file
+from foreshock.records import read_telemetry
+
+ROOT = Path(__file__).parents[2]
+
+
+def torchrun(
+    *args: str | Path, size: int = 2, restarts: int = 0
+) -> subprocess.CompletedProcess[str]:
+    """On a port that is free."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    command = [*launcher, str(size), "--max-restarts", str(restarts), *map(str, args)]
+    # Without the last one gloo may look for the ranks of before the restart (docs/ranks.md).
+    named = {
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, **named},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
+def test_after_kill_9_of_a_rank_torchrun_resumes_bit_identically(tmp_path: Path) -> None:
+    done = torchrun("-m", "tests.ranks.killed_run", tmp_path, restarts=1)
+    assert done.returncode == 0, done.stderr
+    assert "onnection closed by peer" in done.stderr or "onnection reset" in done.stderr
+    found = [json.loads((tmp_path / f"found_{rank}.json").read_text()) for rank in range(2)]
+    assert all(rank["is_same"] for rank in found)
+    assert all(rank["begun"] is None for rank in found)
+    (resumed,) = {rank["resumed"] for rank in found}
+    assert 3 <= resumed <= 15
+    for where in ("run", "whole"):
+        events = read_telemetry(tmp_path / where / "telemetry.jsonl").records
+        assert [e["step"] for e in events if e["event"] == "resumed"] == [resumed][: where == "run"]
+    for file in (tmp_path / "snapshots").glob("rank_*/step_*.safetensors"):
+        snapshot_file.read(file)
+
+
+@pytest.mark.parametrize("example", ["ddp.py", "fsdp2.py", "trainer.py"])
+def test_the_example_recovers(example: str, tmp_path: Path) -> None:
+    if example == "trainer.py":
+        pytest.importorskip("transformers")
+    done = torchrun(ROOT / "examples" / example, "--out-dir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout + done.stderr
+    assert re.search(r"rolled back.*parameter .*weight on rank 1: 1 NaN of", said)
+    assert json.loads((tmp_path / "summary.json").read_text())["guard"]["total_rollbacks"] == 1
