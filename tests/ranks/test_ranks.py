@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,14 +15,14 @@ CHECKS = [(size, name) for size in (2, 4) for name in all_checks(size)]
 
 
 @pytest.fixture(scope="module")
-def found(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, list[Any]]:
-    """What every check came to on each of so many ranks."""
-    return results(request.param, tmp_path_factory.mktemp("ranks"), timeout=600)
+def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str, list[Any]]]:
+    """What every check comes to on each of so many ranks, which are started once."""
+    return functools.cache(
+        lambda size: results(size, tmp_path_factory.mktemp("ranks"), timeout=600)
+    )
 
 
-@pytest.mark.parametrize(("found", "name"), CHECKS, indirect=["found"])
-def test_on_all_ranks(found: dict[str, list[Any]], name: str) -> None:
-    for rank, error in enumerate(found.get(name, ["not run, since one before it failed"])):
+@pytest.mark.parametrize(("size", "name"), CHECKS)
+def test_on_all_ranks(found: Callable[[int], dict[str, list[Any]]], size: int, name: str) -> None:
+    for rank, error in enumerate(found(size).get(name, ["not run, since one before it failed"])):
         assert error is None, f"rank {rank}: {error}"
