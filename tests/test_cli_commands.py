@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shlex
@@ -145,7 +146,10 @@ def test_a_look_at_a_run_that_has_not_begun_is_1(tmp_path: Path) -> None:
 def test_ctrl_c_ends_the_watch_with_0(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "foreshock", "watch", str(tmp_path), "--interval", "0.05"]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as watch:
+    # A test run in the background has its children ignore Ctrl-C.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    start = functools.partial(subprocess.Popen, stdout=pipe, stderr=pipe, text=True)
+    with start(command, preexec_fn=heed) as watch:
         assert watch.stdout is not None
         assert "waiting" in watch.stdout.readline()
         watch.send_signal(signal.SIGINT)
