@@ -32,7 +32,7 @@ demo: setup
 
 # Threads that wait without spinning, since two processes share the cores.
 test: setup
-	FORESHOCK_STRICT=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal
+	FORESHOCK_STRICT=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: setup
 	$(BIN)/ruff check .

@@ -11,7 +11,11 @@ import pytest
 from tests.ranks.launch import results
 from tests.ranks.worker import all_checks
 
-CHECKS = [(size, name) for size in (2, 4) for name in all_checks(size)]
+CHECKS = [
+    pytest.param(size, name, marks=pytest.mark.xdist_group(f"{size} ranks"))
+    for size in (2, 4)
+    for name in all_checks(size)
+]
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,23 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from tests.ranks import checks_clipping, checks_costs, checks_pace, checks_recovery, checks_verdicts
+from tests.ranks import (
+    checks_clipping,
+    checks_costs,
+    checks_pace,
+    checks_recovery,
+    checks_spectra,
+    checks_verdicts,
+)
 
-MODULES = (checks_clipping, checks_verdicts, checks_recovery, checks_costs, checks_pace)
+MODULES = (
+    checks_clipping,
+    checks_verdicts,
+    checks_recovery,
+    checks_spectra,
+    checks_costs,
+    checks_pace,
+)
 
 
 def all_checks(size: int) -> dict[str, object]:
