@@ -10,16 +10,15 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from pydantic import NonNegativeInt, PositiveInt
 
 from foreshock.activation_watch import ActivationWatch
-from foreshock.distributed_part import is_split
+from foreshock.followed import follow_noise, follow_spectra, follow_surprise
 from foreshock.function_monitor import FunctionMonitor
 from foreshock.gate_watch import GateWatch
-from foreshock.gates import AlphaSchedule, GateMonitor, GateSettings, gates_of
+from foreshock.gates import AlphaSchedule, GateMonitor, gates_of
 from foreshock.guard import (
     RESERVED_NAMES,
     Aborted,
@@ -43,11 +42,10 @@ from foreshock.guard.clipping import NonfiniteNorm, as_max_norm
 from foreshock.host_read import as_number
 from foreshock.journal import Journal
 from foreshock.logit_watch import AttentionWatch, LogitWatch
-from foreshock.noise_watch import NoiseWatch
+from foreshock.monitor_settings import MonitorSettings
 from foreshock.ops import active_backends
 from foreshock.run_metrics import RunMetrics, TrainingSettings
-from foreshock.settings import Settings
-from foreshock.signals import FingerprintSettings, SpectralSettings, SpectralWatch
+from foreshock.signals import SpectralWatch
 from foreshock.spectral_risk import SpectralRisk
 from foreshock.step_watch import StepWatch, shielded
 
@@ -67,68 +65,6 @@ _FLUSH_TIMEOUT_S = 2.0
 _LAGGING_DEVICE = "cuda"
 """On which the host does not wait for what a step has shown; on the CPU there is nothing to wait
 for."""
-
-
-class MonitorSettings(Settings):
-    """Cadence of the monitor; what may be done about a bad step is `Guard`'s."""
-
-    accepted_beside: ClassVar[tuple[str, ...]] = (
-        "model", "optimizer", "out_dir", "guard", "state", "surprise", "gate_schedule", "sinks",
-        "sync", "process_group",
-        "save_metrics", "save_metrics_steps",
-    )  # fmt: skip
-
-    parameters: Literal["all", "trainable"] = "all"
-    """all: every parameter of model and optimizer is scanned, and belongs to snapshots. trainable:
-    only those that require a gradient; what is frozen, as below an adapter, is not even read."""
-    first_step: NonNegativeInt = 0
-    """Number of the first step, where somebody else has taken the run up in its middle."""
-    telemetry_interval: PositiveInt = 10
-    """Steps between telemetry records; events are recorded as they happen."""
-    telemetry_top_k: NonNegativeInt = 3
-    """Largest gradient norms in each telemetry record, with the parameters whose they are."""
-    spectral_enabled: bool = True
-    """Whether the spectra of the weight matrices are followed."""
-    spectral_interval: PositiveInt = 50
-    """Steps between looks at them. While their risk is WARNING or more, every step is looked at,
-    and has a telemetry record."""
-    spectral_include: tuple[str, ...] = ("*",)
-    """Shell patterns for the names of the parameters that are followed."""
-    spectral_exclude: tuple[str, ...] = ()
-    """Shell patterns for those that are not, though `spectral_include` names them."""
-    spectral_warmup: NonNegativeInt = 300
-    """First steps in which no level is answered: a model that begins to learn is restless. Nor is
-    one in the `spectral.span` steps after a rollback, and until `spectral.patience` more have been
-    seen. A level that then still holds is answered."""
-    spectral_response: Literal["log", "act"] = "log"
-    """log: record what a level calls for. act: do it, unless the guard only observes. WARNING: a
-    snapshot after the next clean step. DANGER: that, and a lower learning rate. INSTABILITY:
-    rollback, or the end of training where the guard has no way back."""
-    spectral: SpectralSettings = SpectralSettings()
-    """How their risk is judged."""
-    fingerprint_enabled: bool = True
-    """Whether the noise of loss and gradients is followed."""
-    fingerprint: FingerprintSettings = FingerprintSettings(processivity_window=16)
-    """How."""
-    fingerprint_reference: Path | None = None
-    """Directory of an earlier, healthy run whose noise this run's is compared with; None: the
-    first steps of this run."""
-    alignment_interval: PositiveInt = 100
-    """Steps between looks at whether an update goes where its gradient points."""
-    surprise_interval: PositiveInt = 50
-    """Steps between looks at how surprising a batch is, if there is a probe."""
-    logit_interval: PositiveInt = 50
-    """Steps between looks at the logits, if `step` is given any."""
-    activation_modules: tuple[str, ...] = ()
-    """Shell patterns for the names of the modules whose outputs are looked at."""
-    activation_interval: PositiveInt = 50
-    """Steps between looks at them, of which the second step is the first."""
-    gate_interval: PositiveInt = 10
-    """Steps between looks at the rotation gates, if the model has some."""
-    gates: GateSettings = GateSettings()
-    """When what is seen of them is a risk."""
-    rank_records: bool = False
-    """Whether every rank but the first keeps records too, in `rank_00001` and so on in out_dir."""
 
 
 class Monitor:
@@ -232,10 +168,10 @@ class Monitor:
             state["gate_schedule"] = gate_schedule
         parameters = list(named_parameters(model, optimizer).values())
         self._ranks = find_ranks(model, parameters, process_group)
-        spectra = self._follow_spectra(model)
+        spectra = follow_spectra(model, optimizer, self._settings, self._ranks)
         if spectra is not None:
             state["spectral"] = spectra
-        self._noise = self._make_noise()
+        self._noise = follow_noise(optimizer, self._settings)
         if self._noise is not None:
             state["noise"] = self._noise
         self._logits = LogitWatch(self._settings.logit_interval, self._record_series)
@@ -278,35 +214,6 @@ class Monitor:
         own = Path(out_dir) / f"rank_{rank:05d}"
         return Journal(own, config, is_written=is_written, rank=rank)
 
-    def _follow_spectra(self, model: torch.nn.Module) -> SpectralWatch | None:
-        given = self._settings
-        if not given.spectral_enabled:
-            return None
-        return SpectralWatch(
-            dict(model.named_parameters()),
-            self._optimizer,
-            given.spectral_interval,
-            given.spectral_include,
-            given.spectral_exclude,
-            given.spectral,
-            self._group_of_parts(model),
-        )
-
-    def _group_of_parts(self, model: torch.nn.Module) -> ProcessGroup | None:
-        """The ranks that must add up what each sees of a matrix; None where each has all of it."""
-        has_parts = any(map(is_split, model.parameters()))
-        return self._ranks.group if self._ranks is not None and has_parts else None
-
-    def _make_noise(self) -> NoiseWatch | None:
-        given = self._settings
-        if not given.fingerprint_enabled:
-            return None
-        updated = [p for group in self._optimizer.param_groups for p in group["params"]]
-        noise = NoiseWatch(updated, given.fingerprint, given.alignment_interval)
-        if given.fingerprint_reference is not None:
-            noise.load_reference(given.fingerprint_reference)
-        return noise
-
     def _make_watches(
         self,
         model: torch.nn.Module,
@@ -316,7 +223,7 @@ class Monitor:
         """Those that are asked for, by the name under which their state is kept."""
         watches: dict[str, StepWatch] = {"logits": self._logits, "attention": self._attention}
         if surprise is not None:
-            watches["surprise"] = self._listen(surprise, model)
+            watches["surprise"] = follow_surprise(model, surprise, self._settings.surprise_interval)
         given = self._settings
         if given.activation_modules:
             watches["activations"] = ActivationWatch(
@@ -336,15 +243,6 @@ class Monitor:
         group = self._optimizer.param_groups[0]
         name = type(model).__name__
         return RunMetrics(self._journal.out_dir, name, given.save_metrics_steps, group)
-
-    def _listen(self, probe: SurpriseProbe, model: torch.nn.Module) -> StepWatch:
-        from foreshock.surprise import SurpriseProbe  # not for those who have no probe
-        from foreshock.surprise_watch import SurpriseWatch
-
-        _require(isinstance(probe, SurpriseProbe), "surprise", probe, "a SurpriseProbe or None")
-        if not any(probe.model is module for module in model.modules()):
-            raise ValueError("surprise is a probe of another model; accepted: one of this model")
-        return SurpriseWatch(probe, self._settings.surprise_interval)
 
     def _make_risk(self, spectra: SpectralWatch) -> SpectralRisk:
         given = self._settings
