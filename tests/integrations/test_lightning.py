@@ -21,7 +21,7 @@ import foreshock
 from foreshock.drill.gpt import GPT, GPTConfig, next_token_loss
 from foreshock.drill.text import TextBatches, Vocabulary, load_corpus
 from foreshock.guard import LaggingWatch
-from foreshock.records import read_telemetry
+from foreshock.records import read_series, read_telemetry
 
 pl = pytest.importorskip("lightning.pytorch")
 integration = pytest.importorskip("foreshock.integrations.lightning")
@@ -559,3 +559,21 @@ def test_the_older_package_will_do_and_without_any_the_error_names_the_extra(
     monkeypatch.delattr(foreshock.integrations, "lightning")
     with pytest.raises(ImportError, match=r"foreshock\[lightning\]"):
         _ = foreshock.integrations.lightning
+
+
+def test_rotation_gates_of_its_module_are_found_and_followed(tmp_path: Path) -> None:
+    module = Module()
+    foreshock.gates.attach(module, "all", theta_std=0.3)
+    schedule = foreshock.gates.AlphaSchedule(module, 4)
+
+    class Opening(pl.Callback):  # type: ignore[misc,name-defined]
+        def on_train_batch_end(self, *_: Any, **__: Any) -> None:
+            schedule.step()
+
+    callback = monitor_callback(tmp_path, gate_interval=1, gate_schedule=schedule)
+    fit(tmp_path, module, callback, callbacks=[Opening()], max_steps=6)
+    seen = read_series(tmp_path / "run" / "monitoring" / "gates.jsonl").rows
+    assert [row["step"] for row in seen] == list(range(6))
+    assert seen[0]["mix"]["gpt.blocks.1"] == pytest.approx(0.0067, abs=1e-3)
+    assert seen[4]["mix"]["gpt.blocks.1"] == pytest.approx(0.1, abs=1e-3)
+    assert records(tmp_path, "gate_at_risk") == []
