@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from foreshock.records import SeriesRecorder, read_telemetry
-from foreshock.records.event_sentence import event_sentence
+from foreshock.records.event_sentence import event_sentence, offender_sentence
 from foreshock.report import events as events_module
 from foreshock.report import report_data
 from foreshock.report.curves import MAX_CURVES, MAX_LABELS, MAX_POINTS, Curves
@@ -365,3 +365,14 @@ def test_a_gate_at_risk_is_told_with_what_was_accepted() -> None:
     assert event_sentence(said | {"expected": 0.001}).endswith("is 0.5, accepted is 0.001")
     alpha = said | {"what": "alpha", "expected": 0.1}
     assert event_sentence(alpha) == "gate h.3: sigmoid(alpha) is 0.5, planned is 0.1"
+
+
+@pytest.mark.parametrize("ranks", [(), (1,), (0, 2)])
+@pytest.mark.parametrize("nan", [0, 3])
+def test_an_offender_is_told_of_in_the_words_of_the_monitor(
+    ranks: tuple[int, ...], nan: int
+) -> None:
+    from foreshock.guard import Offender
+
+    offender = Offender("parameter", "head.weight", nan, 0, 24, ranks)
+    assert offender_sentence({**vars(offender), "ranks": [*ranks]}) == str(offender)

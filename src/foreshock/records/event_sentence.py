@@ -27,18 +27,20 @@ def offender_sentence(offender: object) -> str:
         offender: the field of that name.
 
     Returns:
-        Its kind, name and what is wrong with it; empty if there is none.
+        Its kind, name, ranks and what is wrong with it; empty if there is none.
     """
     if not isinstance(offender, dict):
         return ""
-    named = f"{offender.get('kind', 'tensor')} {offender.get('name', 'without a name')}"
+    ranks = offender.get("ranks") or ()
+    where = f" on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}" if ranks else ""
+    named = f"{offender.get('kind', 'tensor')} {offender.get('name', 'without a name')}{where}"
     counts = [
         f"{offender[key]} {what}"
         for key, what in (("nan", "NaN"), ("inf", "Inf"))
         if offender.get(key)
     ]
     if not counts:
-        return f"{named}: changed between two updates"
+        return f"{named}: {'not the same' if len(ranks) > 1 else 'changed between two updates'}"
     return f"{named}: {' and '.join(counts)} of {offender.get('numel', '?')} values"
 
 
@@ -77,6 +79,11 @@ def _gate_at_risk(record: Record) -> str:
     )
 
 
+def _straggler_seen(record: Record) -> str:
+    rank, ratio = record.get("rank", "?"), record.get("ratio", "?")
+    return f"rank {rank} takes {ratio} times as long as the others do"
+
+
 def _by_name(record: Record) -> str:
     return str(record.get("event", "event without a name")).replace("_", " ") + _because(record)
 
@@ -95,5 +102,6 @@ _SENTENCES: dict[str, Callable[[Record], str]] = {
     "aborted": lambda record: f"training was told to stop{_because(record)}",
     "risk_level_changed": _risk_changed,
     "gate_at_risk": _gate_at_risk,
+    "straggler_seen": _straggler_seen,
     "autopsy": lambda record: str(record.get("sentence", "autopsy")),
 }

@@ -18,6 +18,7 @@ LANES = {
     "recovered": "recoveries",
     "risk_level_changed": "risk changes",
     "gate_at_risk": "gates at risk",
+    "straggler_seen": "slow ranks",
     "snapshot_saved": "snapshots",
     "snapshot_not_saved": "snapshots",
     "snapshot_dropped": "snapshots",

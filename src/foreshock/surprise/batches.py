@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from foreshock.surprise.model_input import Batch, read_batches
+from foreshock.surprise.outputs import in_evaluation_mode
 
 
 def run_over(model: nn.Module, loader: Iterable[Any]) -> Iterator[Batch]:
@@ -19,13 +20,8 @@ def run_over(model: nn.Module, loader: Iterable[Any]) -> Iterator[Batch]:
     Raises:
         TypeError, ValueError: as `read_batches`.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with in_evaluation_mode(model):
         for batch in read_batches(loader, 0, None):
             with torch.no_grad():
                 batch.run(model)
             yield batch
-    finally:
-        for module, mode in modes:
-            module.training = mode

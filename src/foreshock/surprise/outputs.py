@@ -15,16 +15,22 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts the model into evaluation mode without gradients, and every module back as it was."""
+def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Puts the model into evaluation mode, and every module back as it was, also after an error."""
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The same without gradients."""
+    with in_evaluation_mode(model), torch.no_grad():
+        yield
 
 
 def are_rows(output: object, module: nn.Module, has_positions: bool) -> TypeGuard[Tensor]:

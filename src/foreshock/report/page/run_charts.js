@@ -13,6 +13,7 @@ const SHAPES = {
   "recoveries": "M-5 0-1 4 5-4",
   "risk changes": "M0-5 5 0 0 5-5 0Z",
   "gates at risk": "M-5-4H5L0 5Z",
+  "slow ranks": "M-5-5H5L-5 5H5Z",
   "snapshots": "M-4-5H4V5L0 1-4 5Z",
   "resumptions": "M-5-5 5 0-5 5Z",
   "autopsies": "M-5 0H5M0-5V5",
