@@ -120,7 +120,7 @@ class Monitor:
         RanksLost: in a later call: another rank has ended, or hangs.
     Cost:
         Per step one read of the gradients and one of the parameters, and of many ranks one
-        all_reduce of 136 bytes (docs/ranks.md). On an accelerator each is waited for, unless the
+        all_reduce of 144 bytes (docs/ranks.md). On an accelerator each is waited for, unless the
         verdict is that of the step before (see `sync`). Snapshots (in `recover` mode) copy model
         and optimizer into host memory. Every `spectral_interval` steps up to 14 reads of the weight
         matrices.

@@ -61,7 +61,6 @@ class SpectralRisk:
         self._seen: SpectralObservation | None = None
         self._highest = RiskLevel.STABLE
         self._answered = RiskLevel.STABLE
-        self._is_broken = False
 
     @property
     def calls_for_telemetry(self) -> bool:
@@ -73,7 +72,7 @@ class SpectralRisk:
 
         Cost: that of `SpectralWatch.observe`, if it is time.
         """
-        if self._is_broken:
+        if self._watch.are_spectra_lost:
             return False
         if self._lags:
             is_unstable = self._answer_what_is_seen()
@@ -133,13 +132,13 @@ class SpectralRisk:
 
     def _safely(self, work: Callable[[], T]) -> T | None:
         """A fault in here ends the following of spectra, and nothing else."""
-        if self._is_broken:
+        if self._watch.are_spectra_lost:
             return None
         try:
             return work()
         except Exception:
             _log.exception("foreshock no longer follows the spectra of the weights")
-            self._is_broken = True
+            self._watch.lose_spectra()
             return None
 
     def _answer(self, step: int, level: RiskLevel) -> bool:

@@ -54,11 +54,11 @@ def inf_in_weight(model: nn.Module, optimizer: Any) -> None:
     local_part(parameter(model, "up.weight")).view(-1)[1:2] = math.inf
 
 
-def check_the_share_is_136_bytes(out: Path) -> None:
+def check_the_share_is_144_bytes(out: Path) -> None:
     ranks = Consensus(dist.group.WORLD, torch.device("cpu"))
     with counted() as calls:
         heard = ranks.share(Share(loss=float(dist.get_rank()), losses=1.0))
-    assert [n for n, _ in calls] == [136]
+    assert [n for n, _ in calls] == [144]
     assert heard.losses == dist.get_world_size()
     assert heard.loss == sum(range(dist.get_world_size()))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-SHARE, NUMBER, PAIR, MESSAGE = 136, 8, 16, 1024
+SHARE, NUMBER, PAIR, MESSAGE = 144, 8, 16, 1024
 
 
 class Cost(NamedTuple):
@@ -16,25 +16,25 @@ class Cost(NamedTuple):
 
 
 COSTS = (
-    Cost("clean step", "136", lambda R, P: [SHARE]),
+    Cost("clean step", "144", lambda R, P: [SHARE]),
     Cost(
         "update withheld, its gradient named",
-        "136 + 8 + 1024",
+        "144 + 8 + 1024",
         lambda R, P: [SHARE, NUMBER, MESSAGE],
     ),
     Cost(
         "rollback, the weight named",
-        "136 + 16 + 8 + 1024",
+        "144 + 16 + 8 + 1024",
         lambda R, P: [SHARE, PAIR, NUMBER, MESSAGE],
     ),
     Cost(
         "rollback, copies that differ named",
-        "136 + 16 + 16 P + 16 R",
+        "144 + 16 + 16 P + 16 R",
         lambda R, P: [SHARE, PAIR, PAIR * P, PAIR * R],
     ),
-    Cost("step that tells of a slow rank", "136 + 8 R", lambda R, P: [SHARE, NUMBER * R]),
+    Cost("step that tells of a slow rank", "144 + 8 R", lambda R, P: [SHARE, NUMBER * R]),
     Cost("monitor made", "16 + 16", lambda R, P: [PAIR, PAIR]),
-    Cost("end of a loop", "136", lambda R, P: [SHARE]),
+    Cost("end of a loop", "144", lambda R, P: [SHARE]),
 )
 
 

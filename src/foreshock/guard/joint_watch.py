@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -32,6 +33,8 @@ from foreshock.guard.state import Stateful, named_parameters
 from foreshock.guard.watch import Watch
 from foreshock.host_read import read
 
+_log = logging.getLogger("foreshock")
+
 _BY_EXCLUSION = ("loss", "gradient", "after", "not_located")
 """Places that are named when everything before them was finite, here."""
 
@@ -39,7 +42,7 @@ _BY_EXCLUSION = ("loss", "gradient", "after", "not_located")
 class JointWatch(Watch):
     """A `Watch` on every rank, with one verdict.
 
-    What the ranks have found is added up in one all_reduce of 136 bytes: with the norm of gradients
+    What the ranks have found is added up in one all_reduce of 144 bytes: with the norm of gradients
     that are split over ranks, if the loss is known by then, else when the step is judged. All that
     depends on what only one rank sees waits for it. Only a step that has gone wrong takes more
     words: whose tensor it was, and which snapshot all ranks can return to.
@@ -119,6 +122,11 @@ class JointWatch(Watch):
     def leave(self) -> None:
         self._ranks.leave()
 
+    @property
+    def are_spectra_lost(self) -> bool:
+        # A look is a word of its own, for which nobody is waited for who may have gone.
+        return self._are_spectra_lost or self._ranks.has_left
+
     # ---- what is asked of all ranks at the next word
 
     def request_snapshot(self) -> None:
@@ -171,6 +179,7 @@ class JointWatch(Watch):
             losses=loss is not None,
             changed_state=self._has_state_changed(),
             unstable=self._is_unstable_here,
+            lost_spectra=self._are_spectra_lost,
             wants_snapshot=self._asks_for_snapshot,
             wants_lower_rate=self._asks_for_lower_rate,
             lost_snapshots=self.history.has_lost(),
@@ -197,6 +206,9 @@ class JointWatch(Watch):
         return found.nan + found.inf
 
     def _do_what_was_asked(self, heard: Share) -> None:
+        if heard.lost_spectra and not self._are_spectra_lost:
+            _log.warning("another rank can no longer follow the spectra of the weights: none does")
+            self._are_spectra_lost = True
         if heard.lost_snapshots:
             self.history.drop_what_a_rank_lost()
         if heard.wants_lower_rate:

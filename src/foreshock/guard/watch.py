@@ -140,6 +140,7 @@ class Watch:
         self.stopped: Verdict | None = None
         """The verdict that ended training."""
         self._current = _Step()
+        self._are_spectra_lost = False
         self._clip_factor = 1.0
         self._clip_mark: tuple[int, int] | None = None
         self._is_updating = False
@@ -276,6 +277,15 @@ class Watch:
     def lower_learning_rate(self) -> float:
         """Lowers it as after a rollback; the factor that is in force then."""
         return self.learning_rate.back_off()
+
+    @property
+    def are_spectra_lost(self) -> bool:
+        """Whether the spectra are no longer to be looked at."""
+        return self._are_spectra_lost
+
+    def lose_spectra(self) -> None:
+        """Following them has failed here."""
+        self._are_spectra_lost = True
 
     def expect_loss(self, loss: Any) -> None:
         """The loss of the step, if it is known before the gradients are clipped."""
