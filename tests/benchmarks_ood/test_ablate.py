@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
-import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,7 +62,27 @@ def test_more_codes_cost_more_multiply_adds(points: list[ablate.Point]) -> None:
     model = 64 * 128 + 128 * 128 + 128 * 5
     assert few == pytest.approx(2 * (128 * 128 + 8 * 128) / model)
     assert many == pytest.approx(2 * (128 * 128 + 64 * 128) / model)
-    assert all(math.isfinite(p.measured_overhead) for p in points)
+
+
+def test_the_measured_overhead_is_of_a_watched_forward_over_a_plain_one(
+    trials: list[Trial], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = trials[0].model
+    probe = fit_probe(trials[0], ProbeOptions(codes=8))
+    hooks: list[int] = []
+    model.register_forward_hook(
+        lambda *_: hooks.append(sum(len(m._forward_hooks) for m in model.modules()))
+    )
+
+    def clock(call: Callable[[], object], **_: Any) -> float:
+        call()
+        return 10.0 + hooks[-1]
+
+    monkeypatch.setattr(ablate, "microseconds_of_call", clock)
+    watched = len(probe.codes)
+    found = ablate.measured_overhead(probe, model, trials[0].normal, rounds=1)
+    assert hooks == [1, 1 + watched]
+    assert found == pytest.approx((11 + watched) / 11 - 1)
 
 
 def test_what_is_stored_differs_from_the_defaults_in_one_choice(

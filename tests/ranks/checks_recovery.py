@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +205,8 @@ def check_a_disk_that_fails_on_one_rank_leaves_the_others_parts_where_they_are(o
         return inner(path, content)
 
     def wait(run: Run, step: int) -> None:
-        time.sleep(0.2)  # for the disk, so that most snapshots are written, the first among them
+        assert run.saver is not None
+        run.saver.wait()  # so that every snapshot is written, however slow the disk
 
     snapshot_file.write = write
     try:
@@ -216,8 +216,7 @@ def check_a_disk_that_fails_on_one_rank_leaves_the_others_parts_where_they_are(o
         snapshot_file.write = inner
     steps = gathered(SnapshotFolder(folder_of(out / "kept", dist.get_rank())).steps())
     assert steps[1][-1] == 2, steps
-    assert steps[0][0] <= 2 < steps[0][-1], steps
-    assert 2 in steps[0], steps
+    assert {2, 12} <= set(steps[0]), steps
     again = make_run("fsdp2", out, How())
     with fs.Monitor(again.model, again.optimizer, out / "again", fs.Guard()) as monitor:
         assert monitor.resume(out / "kept") == 2

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import foreshock as fs
 from foreshock.distributed_part import is_distributed, local_part
 from foreshock.guard.containers import tensors_in
+from foreshock.guard.persistence import Saver
 
 FEATURES, WIDTH, CLASSES, STEPS, BATCH = 6, 8, 3, 16, 4
 KINDS = ("ddp", "fsdp2", "tp")
@@ -114,6 +115,8 @@ class Run:
     verdicts: list[fs.Verdict] = dataclasses.field(default_factory=list)
     norms: list[float] = dataclasses.field(default_factory=list)
     summary: dict[str, Any] = dataclasses.field(default_factory=dict)
+    saver: Saver | None = None
+    """Of its monitor, where snapshots go to disk."""
 
     @property
     def bad(self) -> list[fs.Verdict]:
@@ -178,6 +181,7 @@ def train(
     given = {"mode": "recover", "snapshot_interval": 4, "lr_backoff": 1.0, **guard}
     batches = Batches(0 if kind == "tp" else dist.get_rank(), how.steps)
     with fs.Monitor(run.model, run.optimizer, out, fs.Guard(**given), **(monitor or {})) as watch:
+        run.saver = watch._watch.history._saver
         for step, (x, y) in watch.loop(batches):
             _strike(run, strikes, step, "start")
             if at_step is not None:
