@@ -44,7 +44,7 @@ lint: setup
 	diff $(BUILD)/stubs/foreshock/_kernels.pyi src/foreshock/_kernels.pyi
 
 bench: setup
-	$(BIN)/python -m pytest benchmarks/health_scan.py benchmarks/power_iteration.py \
+	$(BIN)/python -m pytest benchmarks/calibrated_scores.py benchmarks/health_scan.py benchmarks/power_iteration.py \
 		benchmarks/rolling_zscore.py benchmarks/soft_assign.py benchmarks/spikes.py \
 		benchmarks/spectral_risk.py benchmarks/recorder.py benchmarks/surprise.py benchmarks/gates.py \
 		benchmarks/overhead.py benchmarks/snapshots.py --benchmark-only -q -W default

@@ -223,6 +223,9 @@ TABLES: dict[str, Callable[[], str]] = {
         ],
     ),
     "recorder": lambda: a_table_a_case("recorder", [number("median_us", "median us", 1)]),
+    "calibrated_scores": lambda: a_table_a_case(
+        "calibrated_scores", [number("us_per_call", "us a call", 1), TIMES_OURS], by="median_ms"
+    ),
     "rolling_zscore": lambda: a_table_a_case(
         "rolling_zscore",
         [

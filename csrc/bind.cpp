@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "calibrated_scores/kernel.h"
 #include "common/dlpack.h"
 #include "common/isa.h"
 #include "common/status.h"
@@ -472,6 +473,7 @@ PYBIND11_MODULE(_kernels, m) {
         .def(py::init<const py::capsule&, py::type, std::int64_t, std::uintptr_t>(),
              py::arg("exchange_api"), py::arg("tensor_type"), py::arg("features"), py::arg("plan"));
 
+    calibrated_scores::register_entry_points(Registrar(m, "calibrated_scores"));
     health_scan::register_entry_points(Registrar(m, "health_scan"));
     power_iteration::register_entry_points(Registrar(m, "power_iteration"));
     rolling_zscore::register_entry_points(Registrar(m, "rolling_zscore"));

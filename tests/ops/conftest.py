@@ -43,7 +43,7 @@ def compiled_scan(request: pytest.FixtureRequest) -> Scan:
 
 def _cases_of(tests: ModuleType) -> ModuleType:
     """`soft_assign_cases` for `test_soft_assign_calls`: implementations, and how to run on one."""
-    ops = ("power_iteration", "rolling_zscore", "soft_assign")
+    ops = ("calibrated_scores", "power_iteration", "rolling_zscore", "soft_assign")
     op = next(op for op in ops if op in tests.__name__)
     return importlib.import_module(f"tests.ops.{op}_cases")
 

@@ -4,6 +4,7 @@ instruction set that runs here, and for the one composed of torch's own."""
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -92,6 +93,50 @@ def test_without_a_basis_it_is_soft_assign_bit_for_bit() -> None:
         assert getattr(code, name).equal(getattr(known, name))
     moved = SoftAssigner(centers, offset=torch.full((9,), 0.5)).distance(x)
     torch.testing.assert_close(moved, soft_assign(x - 0.5, centers).distance)
+
+
+def test_a_writer_writes_what_distance_returns_and_leaves_alone_what_it_cannot_read(
+    binding: str,
+) -> None:
+    given = mapping(10, 4, 6)
+    assigner, whole = SoftAssigner(**given), torch.randn(8, 6, 20)
+    out = torch.full((8, 6), 7.0)
+    write = assigner.writer(out)
+    if binding not in COMPILED:
+        assert write is None
+        return
+    assert write is not None
+    for x in (whole[..., :10], whole[..., 10:].double(), whole[..., 5:15].bfloat16()):
+        assert write(x)
+        assert torch.equal(out, assigner.distance(x))
+    before = out.clone()
+    parameter = torch.nn.Parameter(whole[..., :10].clone())
+    for x in (whole, whole[0, :, :10], whole[..., ::2], whole[:, :5, :10], parameter, None, 3):
+        assert not write(x)
+    assert not write(whole[..., :10].reshape(48, 10))  # as many rows, of another shape
+    assert torch.equal(out, before)
+
+
+def test_a_writer_outlives_the_assigner(binding: str) -> None:
+    if binding not in COMPILED:
+        return
+    given, out, x = mapping(10, 4, 6), torch.empty(5), torch.randn(5, 10)
+    expected = SoftAssigner(**given).distance(x)
+    write = SoftAssigner(**given).writer(out)
+    gc.collect()
+    assert write is not None
+    assert write(x)
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize(
+    "out",
+    [torch.empty(5).double(), torch.empty(10)[::2], torch.empty(5, device="meta")],
+    ids=["dtype", "strides", "device"],
+)
+def test_a_place_that_no_distance_fits_is_refused(out: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"out is .*accepted: torch\.float32 on cpu, contiguous"):
+        SoftAssigner(**mapping(10, 4, 6)).writer(out)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])

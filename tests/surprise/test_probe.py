@@ -76,6 +76,45 @@ def test_an_activation_in_place_does_not_change_what_is_heard() -> None:
     assert seen.surprise().score.equal(expected)
 
 
+class _Mixed(nn.Module):
+    """Layers with positions, with others, without any, and one that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.twice = nn.Linear(6, 8), nn.Linear(8, 8)
+        self.pooled, self.head = nn.Linear(8, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.twice(self.twice(self.tokens(x).relu()).relu())
+        halves = self.pooled(tokens.unflatten(1, (2, -1)).mean(1))
+        return self.head(halves.mean(1))  # type: ignore[no-any-return]
+
+
+def test_layers_of_different_shapes_are_heard_as_each_alone() -> None:
+    torch.manual_seed(0)
+    model = _Mixed().eval()
+    x = torch.randn(90, 4, 6)
+    probe = surprise.fit(model, [torch.randn(300, 4, 6)], codes=4)
+    given: dict[str, list[Tensor]] = {}
+    for name in ("tokens", "twice", "pooled", "head"):
+        module = model.get_submodule(name)
+        module.register_forward_hook(
+            lambda _, __, output, name=name: given.setdefault(name, []).append(output)
+        )
+    seen = probe(x, components=True)
+    plain = probe(x)
+    assert [codes.name for codes in probe.codes] == [
+        "tokens", "twice[0]", "twice[1]", "pooled", "head"
+    ]  # fmt: skip
+    for codes in probe.codes:
+        call = 1 if codes.name.endswith("[1]") else 0
+        (distance,) = codes.measure(given[codes.layer][call], has_codes=False)
+        alone = distance.double().mean(1).float() if distance.dim() > 1 else distance
+        for surprised in (seen, plain):
+            torch.testing.assert_close(surprised.components[codes.name].distance, alone)
+    assert seen.score.equal(plain.score)
+
+
 def test_length_and_entropy_are_there_for_who_asks() -> None:
     probe, x = fitted(), data(30, seed=1)
     plain, asked = probe(x), probe(x, components=True)
@@ -103,7 +142,7 @@ def test_codes_that_are_written_to_are_heard_as_they_are() -> None:
     saved = copy.deepcopy(probe.state_dict())
     probe.codes[1].centers.mul_(3)
     assert not probe(x).score.equal(before)
-    probe.codes[2].spread.mul_(2)
+    probe.scale[1, 2].mul_(2)
     probe.load_state_dict(saved)
     assert probe(x).score.equal(before)
 
@@ -135,7 +174,7 @@ def test_trap_28_a_probe_is_a_module_of_buffers_that_can_be_moved_and_copied() -
     probe, x = fitted(model), data(20, seed=6)
     assert isinstance(probe, nn.Module)
     assert list(probe.parameters()) == []
-    assert len(list(probe.buffers())) == 15
+    assert len(list(probe.buffers())) == 3 * 3 + 1
     assert [name for name, _ in model.named_parameters()] == before
     assert not list(model.buffers())
     expected = probe(x).score

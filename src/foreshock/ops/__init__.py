@@ -1,6 +1,7 @@
 """Compiled one-pass operations: tensors in, numbers out."""
 
 from foreshock.ops._backend import active_backends as active_backends
+from foreshock.ops.calibrated_scores import CalibratedScores, calibrated_scores
 from foreshock.ops.health_scan import HealthScanner, HealthStats, health_scan
 from foreshock.ops.power_iteration import (
     PowerIterator,
@@ -14,6 +15,7 @@ from foreshock.ops.soft_assign import Assignment, SoftAssigner, SoftCode, soft_a
 
 __all__ = [
     "Assignment",
+    "CalibratedScores",
     "HealthScanner",
     "HealthStats",
     "PowerIterator",
@@ -23,6 +25,7 @@ __all__ = [
     "SoftCode",
     "SpectralStats",
     "active_backends",
+    "calibrated_scores",
     "health_scan",
     "kappa",
     "power_iteration",

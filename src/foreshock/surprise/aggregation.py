@@ -24,7 +24,9 @@ def mean_surprise(per_layer: Mapping[str, Tensor]) -> Tensor:
     Cost:
         One read of every tensor; nothing waits for a device.
     """
-    return mean_of_layers(_aligned(per_layer, _mean_of_positions))
+    rows_LN = _aligned(per_layer, _mean_of_positions)
+    # In double precision, where the order of summation, which the batch may change, is not seen.
+    return rows_LN.mean(0, dtype=torch.float64).to(rows_LN.dtype)
 
 
 def max_surprise(per_layer: Mapping[str, Tensor]) -> Tensor:
@@ -33,7 +35,7 @@ def max_surprise(per_layer: Mapping[str, Tensor]) -> Tensor:
     Args, Returns, Raises, Cost:
         As for `mean_surprise`.
     """
-    return max_of_layers(_aligned(per_layer, _max_of_positions))
+    return _aligned(per_layer, _max_of_positions).amax(0)
 
 
 def weighted_surprise(per_layer: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
@@ -50,25 +52,14 @@ def weighted_surprise(per_layer: Mapping[str, Tensor], weights: Mapping[str, flo
     """
     rows_LN = _aligned(per_layer, _mean_of_positions)
     check_weights(weights, list(per_layer))
-    return weighted_mean_of_layers(rows_LN, [weights[name] for name in per_layer])
+    each_L1 = shares([weights[name] for name in per_layer])[:, None].to(rows_LN.device)
+    return (rows_LN * each_L1).sum(0).to(rows_LN.dtype)
 
 
-def mean_of_layers(rows_LN: Tensor) -> Tensor:
-    """`mean_surprise` of layers that are aligned, (N,)."""
-    # In double precision, where the order of summation, which the batch may change, is not seen.
-    return rows_LN.double().mean(0).to(rows_LN.dtype)
-
-
-def max_of_layers(rows_LN: Tensor) -> Tensor:
-    """`max_surprise` of layers that are aligned, (N,)."""
-    return rows_LN.amax(0)
-
-
-def weighted_mean_of_layers(rows_LN: Tensor, weights: Sequence[float]) -> Tensor:
-    """`weighted_surprise` of layers that are aligned, (N,)."""
+def shares(weights: Sequence[float]) -> Tensor:
+    """(L,) float64: weights in proportion to these, of sum 1."""
     total = math.fsum(weights)
-    each_L1 = torch.tensor([[weight / total] for weight in weights], dtype=torch.float64)
-    return (rows_LN * each_L1.to(rows_LN.device)).sum(0).to(rows_LN.dtype)
+    return torch.tensor([weight / total for weight in weights], dtype=torch.float64)
 
 
 def check_weights(weights: Mapping[str, float], names: list[str]) -> None:

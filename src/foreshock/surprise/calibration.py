@@ -177,11 +177,16 @@ class EmpiricalPercentileCalibrator:
         # searchsorted puts a NaN behind all numbers.
         return self._rank(scores, is_after_equals=True).double() / len(self._sorted)
 
-    def _rank(self, scores: Tensor, *, is_after_equals: bool) -> Tensor:
+    def reference_on(self, device: torch.device) -> Tensor:
+        """`reference` on a device, where it stays."""
         self._check_is_fitted()
-        reference = self._on_devices.get(scores.device)
+        reference = self._on_devices.get(device)
         if reference is None:
-            reference = self._on_devices[scores.device] = self.reference.to(scores.device)
+            reference = self._on_devices[device] = self.reference.to(device)
+        return reference
+
+    def _rank(self, scores: Tensor, *, is_after_equals: bool) -> Tensor:
+        reference = self.reference_on(scores.device)
         return torch.searchsorted(reference, scores.contiguous(), right=is_after_equals)
 
     def _check_is_fitted(self) -> None:

@@ -11,19 +11,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from foreshock.ops import calibrated_scores
 from foreshock.surprise.aggregation import check_weights
 from foreshock.surprise.calibration import EmpiricalPercentileCalibrator, samples_needed
 from foreshock.surprise.clusters import fit_clusters
 from foreshock.surprise.layer_codes import LayerCodes
 from foreshock.surprise.layers import select
-from foreshock.surprise.listener import Aggregation, Listener, Listening, Reading, joined
+from foreshock.surprise.listener import Aggregation, Calls, Listener, Listening, Reading, joined
 from foreshock.surprise.model_input import Batch, MaskSource, read_batches
 from foreshock.surprise.outputs import Reduction, evaluating
-from foreshock.surprise.probe import SurpriseProbe, scale_of, scales, standardised
+from foreshock.surprise.probe import SurpriseProbe
 from foreshock.surprise.row_sample import LayerRows
 from foreshock.surprise.scores import Parts
 from foreshock.surprise.splits import THREE_WAYS, TWO_WAYS, Role, roles
@@ -106,13 +106,17 @@ def fit(
         if weights is not None:
             check_weights(weights, list(rows.names.values()))
         fitted = [_codes_of(rows, key, codes, dim, whiten, seed) for key in rows.names]
-        heard = functools.partial(_parts, model, modules, fitted, reading)
-        _normalise(fitted, heard(parts.held_out[Role.NORMALISE]))
+        heard = functools.partial(_parts, model, modules, Calls(fitted), reading)
+        scale = _scale_of(fitted, heard(parts.held_out[Role.NORMALISE]))
         calibrating = heard(parts.held_out[Role.CALIBRATE])
-    names = [one.name for one in fitted]
-    normal_LN = standardised([calibrating[n][0] for n in names], scale_of(*scales(fitted)))
-    calibrator.fit(reading.aggregate_rows(normal_LN, names))
-    return SurpriseProbe(model, modules, fitted, calibrator, reading, parts.counts())
+    normal = calibrated_scores(
+        calibrating[0],
+        scale,
+        aggregation=aggregation,
+        weights=reading.layer_weights([one.name for one in fitted], calibrating[0].device),
+    )
+    calibrator.fit(normal.score)
+    return SurpriseProbe(model, modules, fitted, scale, calibrator, reading, parts.counts())
 
 
 @dataclasses.dataclass
@@ -176,7 +180,7 @@ def _codes_of(
             "take no more values",
             stacklevel=3,
         )
-    arrays = (clusters.mean, clusters.projection, clusters.centers, np.zeros(()), np.ones(()))
+    arrays = (clusters.mean, clusters.projection, clusters.centers)
     tensors = (torch.from_numpy(array) for array in arrays)
     return LayerCodes(layer, name, *tensors).to(rows.devices[layer])
 
@@ -184,32 +188,31 @@ def _codes_of(
 def _parts(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
-    fitted: list[LayerCodes],
+    calls: Calls,
     reading: Reading,
     batches: list[Batch],
-) -> dict[str, Parts]:
+) -> Parts:
     """What the codes make of samples that were held out."""
     forwards = []
     for batch in batches:
-        listener = Listener(fitted, reading, batch.mask)
+        listener = Listener(calls, reading, batch.mask)
         with Listening(model, modules, listener.hear, listener.begin_forward):
             batch.run(model)
         forwards.append(listener.parts())
     return joined(forwards)
 
 
-def _normalise(fitted: list[LayerCodes], parts: Mapping[str, Parts]) -> None:
-    """Sets where and how widely the distances of normal data lie."""
-    for one in fitted:
-        distance = parts[one.name][0].double()
-        if not distance.isfinite().all():
+def _scale_of(fitted: list[LayerCodes], parts: Parts) -> Tensor:
+    """(2, L) float32: mean and standard deviation of the distances of normal data."""
+    distance_LN = parts[0].double()
+    for one, is_finite in zip(fitted, distance_LN.isfinite().all(1).tolist(), strict=True):
+        if not is_finite:
             raise ValueError(
                 f"layer {one.name!r} gives outputs that are not finite for in-distribution data; "
                 "accepted: finite outputs"
             )
-        spread = distance.std(correction=0)
-        one.location.copy_(distance.mean())
-        one.spread.copy_(torch.where(spread > 0, spread, 1.0))
+    spread = distance_LN.std(1, correction=0)
+    return torch.stack([distance_LN.mean(1), torch.where(spread > 0, spread, 1.0)]).float()
 
 
 def _check_numbers(**numbers: int) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from foreshock.ops import SoftAssigner
 from foreshock.surprise.derived import Derived
+from foreshock.surprise.float32_buffers import Float32Buffers
 from foreshock.surprise.outputs import Reduction, over_positions
 from foreshock.surprise.scores import LayerComponents
 
@@ -16,10 +17,10 @@ from foreshock.surprise.scores import LayerComponents
 _TEMPERATURE = 2.0
 
 
-BUFFERS = ("mean", "projection", "centers", "location", "spread")
+BUFFERS = ("mean", "projection", "centers")
 
 
-class LayerCodes(nn.Module):
+class LayerCodes(Float32Buffers):
     """Squared distance of a layer's outputs to the nearest code, in the whitened space.
 
     z = (x - mean) @ projection, D = min_k |z - c_k|^2, and L and H of the same `soft_assign`.
@@ -32,14 +33,11 @@ class LayerCodes(nn.Module):
         mean: (D,) of the outputs.
         projection: (D, E) to the whitened space.
         centers: (K, E) codes.
-        location, spread: () mean and standard deviation of D in held-out normal data.
     """
 
     mean: Tensor
     projection: Tensor
     centers: Tensor
-    location: Tensor
-    spread: Tensor
 
     def __init__(
         self,
@@ -48,13 +46,11 @@ class LayerCodes(nn.Module):
         mean: Tensor,
         projection: Tensor,
         centers: Tensor,
-        location: Tensor,
-        spread: Tensor,
     ) -> None:
         super().__init__()
         self.layer = layer
         self.name = name
-        tensors = (mean, projection, centers, location, spread)
+        tensors = (mean, projection, centers)
         for buffer, tensor in zip(BUFFERS, tensors, strict=True):
             self.register_buffer(buffer, tensor.float().contiguous())
         self._assigner = Derived(_bind)
@@ -86,6 +82,18 @@ class LayerCodes(nn.Module):
             ) from error
         return code.distance, code.length, code.entropy
 
+    def writer(self, out: Tensor) -> Callable[[object], bool] | None:
+        """`SoftAssigner.writer` of D, with the buffers as they are now.
+
+        Args:
+            out: (N,) or (N, P), float32.
+        """
+        buffers = self._buffers
+        mean = buffers["mean"]
+        if mean is None or mean.device != out.device:
+            return None
+        return self._assigner.of(mean, buffers["projection"], buffers["centers"]).writer(out)
+
     def components(
         self, rows: Tensor, mask: Tensor | None, reduction: Reduction
     ) -> LayerComponents:
@@ -106,15 +114,6 @@ class LayerCodes(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """The buffers by the names that the constructor has for them."""
         return {name: getattr(self, name) for name in BUFFERS}
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LayerCodes:
-        # model.half() is no reason to lose the digits of codes: what moves is the device.
-        for name, buffer in self._buffers.items():
-            assert buffer is not None
-            moved = fn(buffer)
-            is_other_type = moved.dtype != buffer.dtype
-            self._buffers[name] = buffer.to(moved.device) if is_other_type else moved
-        return self
 
 
 def _bind(mean: Tensor, projection: Tensor, centers: Tensor) -> SoftAssigner:

@@ -10,17 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foreshock.ops import calibrated_scores
 from foreshock.surprise import probe_file
 from foreshock.surprise.calibration import EmpiricalPercentileCalibrator
-from foreshock.surprise.derived import Derived
+from foreshock.surprise.float32_buffers import Float32Buffers
 from foreshock.surprise.layer_codes import LayerCodes
-from foreshock.surprise.listener import Listener, Listening, Reading
+from foreshock.surprise.listener import Calls, Listener, Listening, Reading
 from foreshock.surprise.model_input import device_of, read_batch
 from foreshock.surprise.outputs import evaluating
 from foreshock.surprise.scores import ByLayer, LayerComponents, Parts, Surprise
 
 
-class SurpriseProbe(nn.Module):
+class SurpriseProbe(Float32Buffers):
     """What `surprise.fit` makes: the codes of layers, beside the model that has them.
 
     score = aggregate over layers of (D - location) / spread, with D the squared distance of a
@@ -41,16 +42,20 @@ class SurpriseProbe(nn.Module):
     Attributes:
         model: the model listened to.
         codes: `LayerCodes` of every layer; of every call, if a forward calls a layer repeatedly.
+        scale: (2, L) mean and standard deviation of D of each in held-out normal data.
         calibrator: has the scores of held-out normal data.
         reading: how outputs are read.
         samples: how many samples fitted, normalised and calibrated.
     """
+
+    scale: Tensor
 
     def __init__(
         self,
         model: nn.Module,
         modules: Mapping[str, nn.Module],
         codes: list[LayerCodes],
+        scale: Tensor,
         calibrator: EmpiricalPercentileCalibrator,
         reading: Reading,
         samples: Mapping[str, int],
@@ -59,7 +64,8 @@ class SurpriseProbe(nn.Module):
         # In a tuple, where nn.Module does not look for parts of itself.
         self._watched = (model, dict(modules))
         self._codes = nn.ModuleList(codes)
-        self._scale = Derived(scale_of)
+        self._calls = Calls(codes)
+        self.register_buffer("scale", scale)
         self.calibrator = calibrator
         self.reading = reading
         self.samples = dict(samples)
@@ -72,7 +78,7 @@ class SurpriseProbe(nn.Module):
     @property
     def codes(self) -> list[LayerCodes]:
         """Those of every layer, in the order of the model."""
-        return list(self._codes)  # type: ignore[arg-type]
+        return list(self._calls.codes)
 
     def forward(self, x: Any, mask: Tensor | None = None, components: bool = False) -> Surprise:
         """Runs the model on x, in evaluation mode without gradients, and says what was seen.
@@ -116,23 +122,28 @@ class SurpriseProbe(nn.Module):
             hook is left.
         """
         mask = None if mask is None else mask.bool()
-        listener = Listener(self.codes, self.reading, mask, components)
+        listener = Listener(self._calls, self.reading, mask, components)
         listening = Listening(*self._watched, listener.hear, listener.begin_forward)
         return Watch(self, listener, listening)
 
-    def judge(self, parts: Mapping[str, Parts]) -> Surprise:
+    def judge(self, parts: Parts) -> Surprise:
         """The surprise of samples from what the layers' codes make of them.
 
         Args:
-            parts: by layer, D, or D, L and H, (N,) each.
+            parts: D, or D, L and H, (L, N) each.
         """
-        codes = self.codes
-        names = [one.name for one in codes]
-        z_LN = standardised([parts[name][0] for name in names], self._scale.of(*scales(codes)))
-        score = self.reading.aggregate_rows(z_LN, names)
-        percentile, is_ood = self.calibrator.judge(score)
-        each = [parts[name] for name in names]
-        components = ByLayer(names, functools.partial(_components_of, each))
+        calibrator, names = self.calibrator, self._calls.names
+        z_LN, score, percentile, is_ood = calibrated_scores(
+            parts[0],
+            self.scale,
+            calibrator.reference_on(parts[0].device),
+            calibrator.threshold(),
+            aggregation=self.reading.aggregation,
+            weights=self.reading.layer_weights(names, parts[0].device),
+        )
+        assert percentile is not None
+        assert is_ood is not None
+        components = ByLayer(names, functools.partial(_components_of, parts))
         per_layer = ByLayer(names, z_LN.__getitem__)
         return Surprise(score, percentile, per_layer, is_ood, components)
 
@@ -150,7 +161,9 @@ class SurpriseProbe(nn.Module):
             "reading": self.reading.to_json_object(),
             "samples": self.samples,
         }
-        probe_file.write(path, [one.tensors() for one in self.codes], settings)
+        scales = ({"location": at, "spread": width} for at, width in self.scale.T.clone())
+        tensors = [one.tensors() | scale for one, scale in zip(self.codes, scales, strict=True)]
+        probe_file.write(path, tensors, settings)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module) -> SurpriseProbe:
@@ -165,6 +178,8 @@ class SurpriseProbe(nn.Module):
         """
         tensors, settings = probe_file.read(path)
         try:
+            scales = [[parts.pop(name) for parts in tensors] for name in ("location", "spread")]
+            scale = torch.stack([torch.stack(row) for row in scales])
             codes = [
                 LayerCodes(names["layer"], names["name"], **parts)
                 for names, parts in zip(settings["layers"], tensors, strict=True)
@@ -174,7 +189,7 @@ class SurpriseProbe(nn.Module):
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{os.fspath(path)} holds no probe that is whole: {error}") from error
         modules = _modules_of(model, codes)
-        probe = cls(model, modules, codes, calibrator, reading, settings["samples"])
+        probe = cls(model, modules, codes, scale, calibrator, reading, settings["samples"])
         return probe.to(device_of(model))
 
 
@@ -208,27 +223,8 @@ class Watch:
         return self._probe.judge(self._listener.parts())
 
 
-def scales(codes: list[LayerCodes]) -> list[Tensor]:
-    """The location of every layer, then the spread of every layer."""
-    buffers = [one._buffers for one in codes]
-    return [each[name] for name in ("location", "spread") for each in buffers]  # type: ignore[misc]
-
-
-def scale_of(*scales: Tensor) -> Tensor:
-    """(2, L, 1) on the device of the first: of layers, all locations, then all spreads."""
-    return torch.stack([scale.to(scales[0].device) for scale in scales]).view(2, -1, 1)
-
-
-def standardised(distances: list[Tensor], scale: Tensor) -> Tensor:
-    """(L, N), on the device of the scale: what is aggregated; NaN where D is not finite."""
-    distance_LN = torch.stack([distance.to(scale.device) for distance in distances])
-    location_L1, spread_L1 = scale
-    z_LN: Tensor = (distance_LN - location_L1).div_(spread_L1)
-    return z_LN.add_(distance_LN.sub_(distance_LN))  # 0, or NaN where D is not finite
-
-
-def _components_of(parts: list[Parts], layer: int) -> LayerComponents:
-    return LayerComponents(*parts[layer])
+def _components_of(parts: Parts, layer: int) -> LayerComponents:
+    return LayerComponents(*(part[layer] for part in parts))
 
 
 def _modules_of(model: nn.Module, codes: list[LayerCodes]) -> dict[str, nn.Module]:

@@ -87,7 +87,7 @@ class LayerRows:
         """
         calls: Counter[str] = Counter()
 
-        def hear(layer: str, module: nn.Module, output: object) -> None:
+        def hear(layer: str, module: nn.Module, _inputs: object, output: object) -> None:
             rows, mask = rows_of(layer, module, output, self._batch_dim, batch.mask)
             self._check_samples(layer, rows, batch)
             self._add((layer, calls[layer]), rows.detach().float(), mask)

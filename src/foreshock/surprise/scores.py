@@ -39,7 +39,7 @@ class ByLayer(Mapping[str, Item]):
 
 
 Parts = tuple[Tensor, ...]
-"""D, or D, L and H, of one layer."""
+"""D, or D, L and H: of one layer, or a row for each of several."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

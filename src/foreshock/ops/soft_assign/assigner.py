@@ -73,7 +73,7 @@ class SoftAssigner:
             if (tensor := cast[name]) is not None:
                 cast[name] = tensor.contiguous()
         frame = Frame(**cast, **self._settings)  # type: ignore[arg-type]
-        self._inputs, self._device = frame.inputs, centers.device
+        self._inputs, self._device, self._dtype = frame.inputs, centers.device, dtype
         self._is_of_copies = any(cast[n] is not t for n, t in self._given.items())
         self._bound = register.bind_assigner(frame)
 
@@ -118,6 +118,29 @@ class SoftAssigner:
         distance = self._bound.distance(self._rows(x))
         assert distance is not None
         return distance.view(x.shape[:-1])
+
+    def writer(self, out: Tensor) -> Callable[[object], bool] | None:
+        """For a loop that has no time: a function that writes `distance(x)` to a place.
+
+        >>> write = assigner.writer(out)
+        >>> if not write(x):                  # each batch
+        ...     out = assigner.distance(x)
+
+        Args:
+            out: (...), contiguous, on the device of the centers and of the type that `distance`
+                returns.
+        Returns:
+            A function that is false, and has done nothing, where x is not (..., D) with rows that
+            can be read as they lie; None if the implementation here reads none so, as on CUDA.
+        Raises:
+            ValueError: naming what out is and what is accepted.
+        """
+        if out.dtype != self._dtype or out.device != self._device or not out.is_contiguous():
+            raise ValueError(
+                f"out is {out.dtype} on {out.device} with strides {out.stride()}; accepted: "
+                f"{self._dtype} on {self._device}, contiguous"
+            )
+        return self._bound.writer(out)
 
     def _can_look(self, x: Tensor) -> bool:
         return type(x) is Tensor and self._bound.looks_first

@@ -26,6 +26,9 @@ class Assigner:
         """See `BoundAssigner`."""
         return self.assign(x_ND, False).distance
 
+    def writer(self, out: Tensor) -> None:
+        """Nothing is read as it lies."""
+
     @torch.no_grad()
     def assign(self, x_ND: Tensor, is_mapped_wanted: bool) -> Assignment:
         """See `BoundAssigner`."""

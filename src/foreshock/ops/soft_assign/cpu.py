@@ -182,6 +182,24 @@ class Assigner:
         distance, length, entropy = scalars.unbind()
         return Assignment(best, distance, length, entropy, mapped)
 
+    def writer(self, out: Tensor) -> Callable[[object], bool]:
+        """See `BoundAssigner`."""
+        shape, rows, place = out.shape, out.numel(), out.data_ptr()
+        tasks = _tasks(rows, self._work_of_distance, self._thread_count())
+        needed = tasks * self._task_bytes
+        assign, reader = self._assign, self._reader
+
+        def write(x: object) -> bool:
+            if type(x) is not Tensor or x.shape[:-1] != shape:
+                return False
+            scratch = _scratch(needed)
+            is_done: bool = assign(reader, x, rows, tasks, scratch[1], 0, place, 0)
+            _spare.append(scratch)
+            return is_done
+
+        write.owns = self, out  # type: ignore[attr-defined]
+        return write
+
     def _run(self, x: Tensor, rows: int, work: int, best: int, scalars: int, mapped: int) -> bool:
         tasks = _tasks(rows, work, self._thread_count())
         scratch = _scratch(tasks * self._task_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -56,3 +57,6 @@ class BoundAssigner(Protocol):
 
     def assign(self, x: Tensor, is_mapped_wanted: bool) -> Assignment | None:
         """All of it."""
+
+    def writer(self, out: Tensor) -> Callable[[object], bool] | None:
+        """What writes the distance of anything to `out`, where `looks_first`; else None."""
