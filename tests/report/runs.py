@@ -147,7 +147,10 @@ def write_ranks(run: Path, ranks: int, name: str = "head.weight", steps: int = 4
                     writer.write("snapshot_saved", step, path=str(folder), size_bytes=rank)
                     if rank == 1:
                         writer.write("snapshot_dropped", step, why=f"{name} has changed")
-                own = {"alignment": 0.1 * (rank + 1), "largest_gradients": {name: 1.0 + rank}}
+                own = {
+                    "alignment": 0.1 * (rank + 1 + (rank == ranks - 1)),
+                    "largest_gradients": {name: 1.0 + rank},
+                }
                 writer.write("telemetry", step, train_loss=loss_at(step), **own)
         write_summary(folder / "summary.json", summary(steps, name, ""))
     return run

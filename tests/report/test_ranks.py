@@ -94,9 +94,9 @@ def test_a_number_that_differs_has_a_line_for_each_rank_and_one_that_does_not_ha
     assert "train_loss by rank" not in curves
     alignment = curves["alignment by rank"]
     means = {line["rank"]: line["mean"] for line in alignment["lines"]}
-    assert means == {rank: [pytest.approx(0.1 * (rank + 1))] * 40 for rank in range(3)}
+    assert means == {r: [pytest.approx(mean)] * 40 for r, mean in enumerate((0.1, 0.2, 0.4))}
     ends = [alignment[key][7] for key in ("low", "mean", "high")]
-    assert ends == pytest.approx([0.1, 0.2, 0.3])
+    assert ends == pytest.approx([0.1, 0.2, 0.4])
     steps = report_data(run)["drawing"]["steps"]
     assert steps[alignment["steps"]] == list(range(40))
 
@@ -155,8 +155,9 @@ def test_a_rank_is_alone_where_all_others_are_the_same() -> None:
     assert differing(*zip(*taken_in_turn, strict=True)).alone is None
 
 
-def test_of_two_ranks_none_is_said_to_be_off() -> None:
-    found = differing([1.0] * 9, [2.0] * 9)
+@pytest.mark.parametrize("means", [(1.0, 2.0), (1.0, 2.0, 3.0)], ids=["two", "ends"])
+def test_of_two_that_are_as_far_none_is_said_to_be_off(means: Sequence[float]) -> None:
+    found = differing(*([mean] * 9 for mean in means))
     assert found.has_differed
     assert (found.farthest, found.alone) == (None, None)
 

@@ -137,8 +137,11 @@ class Differing:
 
     @property
     def farthest(self) -> int | None:
-        """The rank of the largest distance."""
-        return max(self.distance, key=lambda rank: self.distance[rank], default=None)
+        """The rank of the largest distance; None if another's is as good as that."""
+        ranked = sorted(self.distance, key=lambda rank: self.distance[rank])
+        if len(ranked) < 3 or self.distance[ranked[-1]] <= (1 + _OFF) * self.distance[ranked[-2]]:
+            return None
+        return ranked[-1]
 
     def drawn(self, steps: list[list[int]]) -> dict[str, Any]:
         """What the page draws: median, lowest and highest of the ranks, and the lines of some.
