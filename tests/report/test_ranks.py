@@ -145,6 +145,11 @@ def test_a_rank_that_drifts_off_late_is_the_farthest_though_others_are_further_b
     assert found.alone is None  # the others are not the same
 
 
+def test_one_interval_does_not_decide_who_is_the_farthest() -> None:
+    rows = [[1.0, 1.1, 1.2, 1.3, 1.6]] * 30 + [[1e9, 1.1, 1.2, 1.3, 1.4]]
+    assert differing(*zip(*rows, strict=True)).farthest == 4
+
+
 def test_a_rank_is_alone_where_all_others_are_the_same() -> None:
     rows = [[1.0, 1.0, 1.0, 1.0]] * 30 + [[1.0, 1.2, 1.0, 1.0]] * 5
     found = differing(*zip(*rows, strict=True))
@@ -356,11 +361,11 @@ def write_timed(run: Path, seconds: Sequence[float]) -> Path:
 
 
 def test_step_times_are_compared_with_those_of_the_others(tmp_path: Path) -> None:
-    found = rows(write_timed(tmp_path, [0.5, 0.5, 1.0, 0.4]))
+    found = rows(write_timed(tmp_path, [0.5, 0.6, 1.0, 0.4]))
     times = [row["step_seconds"] for row in found.values()]
-    assert times == pytest.approx([0.5, 0.5, 1.0, 0.4])
+    assert times == pytest.approx([0.5, 0.6, 1.0, 0.4])
     assert found["2"]["ratio"] == pytest.approx(2)
-    assert found["3"]["ratio"] == pytest.approx(0.8)
+    assert found["3"]["ratio"] == pytest.approx(2 / 3)
     assert [r for r, row in found.items() if row["stands_out"]] == ["2"]
     assert found["2"]["stands_out"].startswith("long steps")
 
