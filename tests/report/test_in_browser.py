@@ -268,7 +268,9 @@ def test_every_rank_has_a_line_and_a_value_at_the_cursor(
     lines = chart.locator(".plot path.of-rank")
     colours = lines.evaluate_all("lines => lines.map(line => getComputedStyle(line).stroke)")
     assert len(set(colours)) == 3
-    assert not chart.locator(".plot path.line").is_visible()
+    shown = "line => getComputedStyle(line).display"
+    assert chart.locator(".plot path.line").evaluate(shown) == "none"
+    assert chart.locator(".plot path.of-rank").first.evaluate(shown) != "none"
     assert chart.locator("li").all_text_contents() == [
         " rank 0",
         " rank 1",

@@ -8,7 +8,7 @@ from pathlib import Path
 from foreshock.records.telemetry_reader import Telemetry, read_telemetry
 
 _FILE = "telemetry.jsonl"
-_OF_RANK = re.compile(r"rank_(\d{5,})", re.ASCII)
+_OF_RANK = re.compile(r"rank_(\d{5,})")
 
 
 def read_rank_telemetry(

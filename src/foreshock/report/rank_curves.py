@@ -106,9 +106,9 @@ class Differing:
     Attributes:
         has_differed: whether the ranks did, by more than 1 in 1000, in some interval.
         distance: by rank, how far it is from the median of the ranks, as a multiple of their median
-            distance: its mean over the intervals. Empty if no three ranks have the number.
+            distance: its mean over the intervals.
         alone: the rank that is off where all others are as good as the same; None if that was
-            seldom, or not always the same one.
+            seldom, or not always the same one. Of two, only one that is not finite can be.
     """
 
     def __init__(self, source: str, name: str, lines: Mapping[int, _Line]) -> None:
@@ -139,9 +139,10 @@ class Differing:
     def farthest(self) -> int | None:
         """The rank of the largest distance; None if another's is as good as that."""
         ranked = sorted(self.distance, key=lambda rank: self.distance[rank])
-        if len(ranked) < 3 or self.distance[ranked[-1]] <= (1 + _OFF) * self.distance[ranked[-2]]:
+        if len(ranked) < 3:  # of two it cannot be told
             return None
-        return ranked[-1]
+        most, next_to_it = (self.distance[rank] for rank in (ranked[-1], ranked[-2]))
+        return ranked[-1] if most > (1 + _OFF) * next_to_it else None
 
     def drawn(self, steps: list[list[int]]) -> dict[str, Any]:
         """What the page draws: median, lowest and highest of the ranks, and the lines of some.
@@ -204,8 +205,6 @@ class Differing:
         far = {r: abs(v - median) if math.isfinite(v) else math.inf for r, v in row.items()}
         *_, second, most = sorted(far.values())
         self.has_differed |= most > same
-        if len(row) < 3:  # of two it cannot be told which is off
-            return
         usual = max(same, statistics.median(far.values()))
         for rank, distance in far.items():
             is_far = math.isinf(distance) or distance > _MOST_TIMES * usual
