@@ -181,7 +181,8 @@ def test_ranks_that_differ_by_their_nature_are_not_called_alone(ranks: int, kind
 def test_one_that_is_not_finite_is_the_farthest_and_huge_ones_do_no_harm() -> None:
     nan = math.nan
     assert differing([1.0] * 4, [1.0] * 4, [nan] * 4, [1.0] * 4).alone == 2
-    assert differing([1.0] * 4, [nan] * 4).alone == 1
+    of_two = differing([1.0] * 4, [nan] * 4)
+    assert (of_two.alone, of_two.farthest) == (1, 1)
     assert not differing([nan] * 4, [nan] * 4).has_differed
     huge = differing([1.7e308] * 4, [1.6e308] * 4, [nan] * 4, [nan] * 4, [nan] * 4)
     json.dumps([huge.drawn([]), huge.in_numbers()], allow_nan=False)

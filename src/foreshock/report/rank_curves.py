@@ -137,12 +137,9 @@ class Differing:
 
     @property
     def farthest(self) -> int | None:
-        """The rank of the largest distance; None if another's is as good as that."""
-        ranked = sorted(self.distance, key=lambda rank: self.distance[rank])
-        if len(ranked) < 3:  # of two it cannot be told
-            return None
-        most, next_to_it = (self.distance[rank] for rank in (ranked[-1], ranked[-2]))
-        return ranked[-1] if most > (1 + _OFF) * next_to_it else None
+        """That of the largest distance, where ranks differ; None if two are as good as alike."""
+        (next_to_it, _), (most, rank) = sorted((far, r) for r, far in self.distance.items())[-2:]
+        return rank if most > (1 + _OFF) * next_to_it else None
 
     def drawn(self, steps: list[list[int]]) -> dict[str, Any]:
         """What the page draws: median, lowest and highest of the ranks, and the lines of some.

@@ -53,9 +53,9 @@ class RankChart extends CurveChart {
   }
 }
 
-/** The first colour is that of the band, where there is one. */
-function colourOf(curve, line) {
-  return `rank-${curve.lines.indexOf(line) + (curve.lines.length < curve.ranks)}`;
+/** A rank has one colour in all charts; the first is that of the band, where there is one. */
+function colourOf(curve, {rank}) {
+  return `rank-${curve.lines.length < curve.ranks ? 1 + rank % 7 : rank % 8}`;
 }
 
 function keyOf(legend, kind, text) {
