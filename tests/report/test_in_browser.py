@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from foreshock.records import TelemetryWriter
 from foreshock.report import write_report
 from tests.report.runs import (
     HOSTILE,
@@ -18,6 +19,7 @@ from tests.report.runs import (
     add_layerwise,
     add_other_series,
     loss_at,
+    rank_folder,
     write_ranks,
     write_run,
 )
@@ -290,6 +292,18 @@ def test_many_ranks_are_a_band_and_the_farthest_one(show: Open, of_ranks: dict[i
     assert len(set(colours)) == 2
     plot(page, "alignment by rank").focus()
     assert told(page, "alignment by rank") == "step 39: median 0.65 (0.1 to 1.3), rank 11: 1.3"
+
+
+def test_a_value_between_two_that_are_not_there_is_a_dot(show: Open, tmp_path: Path) -> None:
+    run = write_ranks(tmp_path, 2)
+    for rank, steps in enumerate([(50, 51, 52), (51,)]):
+        with TelemetryWriter(rank_folder(run, rank) / "telemetry.jsonl") as writer:
+            for step in steps:
+                writer.write("telemetry", step, seldom=1.0 + rank)
+    page, _ = show(write_report(run))
+    chart = plot(page, "seldom by rank")
+    dots = [chart.locator(f"circle.rank-{rank}").count() for rank in range(2)]
+    assert dots == [0, 1]
 
 
 @pytest.mark.parametrize("width", [320, 1200])

@@ -22,14 +22,16 @@ class RankChart extends CurveChart {
     const from = Math.max(lowerBound(steps, view.from) - 1, 0);
     const to = Math.min(lowerBound(steps, view.to) + 1, steps.length);
     for (const line of curve.lines) {
-      let path = "", isDown = false;
+      const isThere = i => (line.mean[i] ?? null) !== null;
+      const colour = `of-rank ${colourOf(curve, line)}`;
+      let path = "";
       for (let i = from; i < to; i++) {
-        if (line.mean[i] !== null) {
-          path += `${isDown ? "L" : "M"}${this.x(steps[i]).toFixed(1)} ${this.y(line.mean[i]).toFixed(1)}`;
-        }
-        isDown = line.mean[i] !== null;
+        if (!isThere(i)) continue;
+        const [x, y] = [this.x(steps[i]).toFixed(1), this.y(line.mean[i]).toFixed(1)];
+        path += `${i > from && isThere(i - 1) ? "L" : "M"}${x} ${y}`;
+        if (!isThere(i - 1) && !isThere(i + 1)) make("circle", {class: colour, cx: x, cy: y, r: 2}, body);
       }
-      make("path", {class: `of-rank ${colourOf(curve, line)}`, d: path}, body);
+      make("path", {class: colour, d: path}, body);
     }
   }
 
