@@ -46,6 +46,7 @@ def check_the_report_shows_all_ranks_and_what_happened_once(out: Path) -> None:
     assert second["ledger"] == "intact"
     told = data["actions"]["first"]
     assert [row["ranks"] for row in told] == ["all"] * len(told)
+    assert data["counts"]["rollback_success"] == 1
     assert (told[0]["event"], told[0]["step"]) == ("rollback success", SPOILT)
     assert "on rank 1" in told[0]["offender"]
     drawn = {curve["name"]: curve for curve in data["drawing"]["ranks"]}
