@@ -293,6 +293,7 @@ _Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.")]
 def report(run: _Run) -> None:
     """Write RUN/report.html: all that a run's files say, with curves, in one page.
 
+    Of many ranks, those that keep records of their own in RUN/rank_00001 and so on are shown too.
     The page loads nothing. The run may go on meanwhile, or have been killed.
     """
     from foreshock.report import write_report

@@ -17,6 +17,7 @@ from tests.ranks import (
     checks_clipping,
     checks_costs,
     checks_pace,
+    checks_records,
     checks_recovery,
     checks_spectra,
     checks_verdicts,
@@ -25,6 +26,7 @@ from tests.ranks import (
 MODULES = (
     checks_clipping,
     checks_verdicts,
+    checks_records,
     checks_recovery,
     checks_spectra,
     checks_costs,

@@ -127,3 +127,30 @@ def add_layerwise(path: Path, name: str = "blocks.0") -> None:
     names = np.array([name, "blocks.1"])
     file = path / "surprise" / "layers.npz"
     np.savez_compressed(file, layers=names, surprise_LN=surprise_LN, groups=groups)
+
+
+def rank_folder(run: Path, rank: int) -> Path:
+    return run / f"rank_{rank:05d}" if rank else run
+
+
+def write_ranks(run: Path, ranks: int, name: str = "head.weight", steps: int = 40) -> Path:
+    """A run of many ranks that keep records: rank 1 was struck, what each alone knows differs."""
+    offender = OFFENDER | {"name": name, "ranks": [1]}
+    for rank in range(ranks):
+        folder = rank_folder(run, rank)
+        folder.mkdir(parents=True, exist_ok=True)
+        with TelemetryWriter(folder / "telemetry.jsonl") as writer:
+            for step in range(steps):
+                if step == STRUCK_STEP:
+                    said = {"reasons": ["NONFINITE_GRADIENT"], "offender": offender}
+                    writer.write("update_skipped", step, **said)
+                    writer.write("snapshot_saved", step, path=str(folder), size_bytes=rank)
+                    if rank == 1:
+                        writer.write("snapshot_dropped", step, why=f"{name} has changed")
+                own = {
+                    "alignment": 0.1 * (rank + 1 + (rank == ranks - 1)),
+                    "largest_gradients": {name: 1.0 + rank},
+                }
+                writer.write("telemetry", step, train_loss=loss_at(step), **own)
+        write_summary(folder / "summary.json", summary(steps, name, ""))
+    return run

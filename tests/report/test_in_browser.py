@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from foreshock.records import TelemetryWriter
 from foreshock.report import write_report
 from tests.report.runs import (
     HOSTILE,
@@ -18,6 +19,8 @@ from tests.report.runs import (
     add_layerwise,
     add_other_series,
     loss_at,
+    rank_folder,
+    write_ranks,
     write_run,
 )
 
@@ -241,3 +244,76 @@ def test_on_paper_all_is_open_and_the_tools_are_gone(show: Open, report: Path) -
 def test_nothing_moves_for_those_who_do_not_want_it(show: Open, report: Path) -> None:
     page, _ = show(report, reduced_motion="reduce")
     assert page.evaluate("getComputedStyle(document.documentElement).scrollBehavior") == "auto"
+
+
+# ---- many ranks
+
+
+@pytest.fixture(scope="module")
+def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """By the number of ranks."""
+    runs = {size: write_ranks(tmp_path_factory.mktemp("ranks"), size) for size in (3, 12)}
+    return {size: write_report(run) for size, run in runs.items()}
+
+
+def test_every_rank_has_a_line_and_a_value_at_the_cursor(
+    show: Open, of_ranks: dict[int, Path]
+) -> None:
+    page, said = show(of_ranks[3])
+    assert said == [of_ranks[3].as_uri()]
+    plot(page, "alignment by rank").focus()
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowRight")
+    assert told(page, "alignment by rank") == "step 1: rank 0: 0.1, rank 1: 0.2, rank 2: 0.4"
+    assert told(page, "train_loss").startswith("step 1: ")  # one cursor for all charts
+    chart = page.locator("#rank-curves figure").first
+    lines = chart.locator(".plot path.of-rank")
+    colours = lines.evaluate_all("lines => lines.map(line => getComputedStyle(line).stroke)")
+    assert len(set(colours)) == 3
+    shown = "line => getComputedStyle(line).display"
+    assert chart.locator(".plot path.line").evaluate(shown) == "none"
+    assert chart.locator(".plot path.of-rank").first.evaluate(shown) != "none"
+    assert chart.locator("li").all_text_contents() == [
+        " rank 0",
+        " rank 1",
+        " rank 2, the farthest",
+    ]
+
+
+def test_many_ranks_are_a_band_and_the_farthest_one(show: Open, of_ranks: dict[int, Path]) -> None:
+    page, said = show(of_ranks[12])
+    assert said == [of_ranks[12].as_uri()]
+    chart = page.locator("#rank-curves figure").first
+    assert chart.locator(".plot path.envelope").is_visible()
+    assert chart.locator(".plot path.of-rank").count() == 1
+    colours = chart.locator(".plot path.of-rank, .plot path.line").evaluate_all(
+        "lines => lines.map(line => getComputedStyle(line).stroke)"
+    )
+    assert len(set(colours)) == 2
+    plot(page, "alignment by rank").focus()
+    assert told(page, "alignment by rank") == "step 39: median 0.65 (0.1 to 1.3), rank 11: 1.3"
+
+
+def test_a_value_between_two_that_are_not_there_is_a_dot(show: Open, tmp_path: Path) -> None:
+    run = write_ranks(tmp_path, 2)
+    for rank, steps in enumerate([(50, 51, 52), (51,)]):
+        with TelemetryWriter(rank_folder(run, rank) / "telemetry.jsonl") as writer:
+            for step in steps:
+                writer.write("telemetry", step, seldom=1.0 + rank)
+    page, _ = show(write_report(run))
+    chart = plot(page, "seldom by rank")
+    dots = [chart.locator(f"circle.rank-{rank}").count() for rank in range(2)]
+    assert dots == [0, 1]
+
+
+@pytest.mark.parametrize("width", [320, 1200])
+def test_the_page_of_many_ranks_is_no_wider_than_the_screen(
+    show: Open, of_ranks: dict[int, Path], width: int
+) -> None:
+    page, _ = show(of_ranks[12], viewport={"width": width, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_the_page_of_one_rank_has_no_place_for_ranks(show: Open, report: Path) -> None:
+    page, _ = show(report)
+    assert page.locator("#rank-curves, #ranks").count() == 0

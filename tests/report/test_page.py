@@ -164,9 +164,9 @@ def test_numbers_that_are_not_finite_reach_no_script(run: Path) -> None:
 # ---- colours
 
 
-def colours() -> dict[str, tuple[str, str]]:
+def colours(style: Path = STYLE) -> dict[str, tuple[str, str]]:
     """By name: in the light theme, and in the dark one."""
-    found = re.findall(r"--([a-z0-9-]+): light-dark\((#\w+), (#\w+)\)", STYLE.read_text())
+    found = re.findall(r"--([a-z0-9-]+): light-dark\((#\w+), (#\w+)\)", style.read_text())
     return {name: (light, dark) for name, light, dark in found}
 
 
@@ -214,4 +214,4 @@ def test_the_wheel_holds_the_files_of_the_page(tmp_path: Path) -> None:
     (built,) = tmp_path.glob("*.whl")
     held = {Path(name).name for name in ZipFile(built).namelist() if "/report/page/" in name}
     assert held == {path.name for path in STYLE.parent.iterdir()}
-    assert len(held) == 5
+    assert len(held) == 7

@@ -31,7 +31,8 @@ def offender_sentence(offender: object) -> str:
     """
     if not isinstance(offender, dict):
         return ""
-    ranks = offender.get("ranks") or ()
+    ranks = offender.get("ranks")
+    ranks = ranks if isinstance(ranks, list) else []
     where = f" on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}" if ranks else ""
     named = f"{offender.get('kind', 'tensor')} {offender.get('name', 'without a name')}{where}"
     counts = [

@@ -31,7 +31,8 @@ def read_rank_telemetry(
     Cost: one pass over all files; all records are held in memory.
     """
     directory = Path(run_dir)
-    folders = {0: directory, **_folders_of_ranks(directory)}
+    kept = {r: path for r, path in rank_folders(directory).items() if (path / _FILE).exists()}
+    folders = {0: directory, **kept}
     read = {
         rank: read_telemetry(folder / _FILE, decode_nonfinite=decode_nonfinite)
         for rank, folder in folders.items()
@@ -46,6 +47,16 @@ def read_rank_telemetry(
     )
 
 
-def _folders_of_ranks(directory: Path) -> dict[int, Path]:
-    named = ((_OF_RANK.fullmatch(entry.name), entry) for entry in sorted(directory.iterdir()))
-    return {int(name[1]): entry for name, entry in named if name and (entry / _FILE).exists()}
+def rank_folders(run_dir: Path) -> dict[int, Path]:
+    """Where the ranks but for the first keep what is theirs alone.
+
+    Args:
+        run_dir: the run's directory.
+
+    Returns:
+        The directories `rank_00001` and so on that are there, by rank, in their order.
+    """
+    named = ((_OF_RANK.fullmatch(entry.name), entry) for entry in run_dir.iterdir())
+    found = {int(name[1]): entry for name, entry in named if name and entry.is_dir()}
+    is_own = {rank: rank > 0 and entry.name == f"rank_{rank:05d}" for rank, entry in found.items()}
+    return {rank: found[rank] for rank in sorted(found) if is_own[rank]}

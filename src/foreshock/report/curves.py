@@ -9,6 +9,7 @@ from typing import Any
 
 from foreshock.records.curves_envelope import Bucket, Envelope
 
+MAIN_CURVES = ("train_loss", "loss", "grad_norm", "learning_rate", "spectral_kappa")
 MAX_CURVES = 160
 MAX_LABELS = 24
 """Curves of one field that holds many by label, such as the largest gradients by layer."""
@@ -94,6 +95,18 @@ class Curves:
                 curves.append(curve | _values(buckets))
         return {"last": self._last_step, "steps": [list(row) for row in steps], "curves": curves}
 
+    def thinned(self, max_points: int) -> dict[tuple[str, str], tuple[int, list[Bucket]]]:
+        """Every curve, of no more points than this: by file and name its width, and the points."""
+        self._flush()
+        found = {}
+        for source, columns in self._columns.items():
+            for name, column in columns.items():
+                if column is not None:
+                    envelope = column.envelope.copy()
+                    envelope.shrink(max_points)
+                    found[source, name] = envelope.width, envelope.buckets()
+        return found
+
     def _flush(self) -> None:
         self._num_pending = 0
         for columns in self._columns.values():
@@ -133,6 +146,13 @@ class _Column:
         self.envelope.add(self.steps, list(map(_as_float, self.values)))
         self.steps.clear()
         self.values.clear()
+
+
+def place_of(curve: Mapping[str, Any]) -> tuple[int, bool]:
+    """The main curves first, those by label last; otherwise in the order of the files."""
+    name = curve["name"]
+    main = MAIN_CURVES.index(name) if name in MAIN_CURVES else len(MAIN_CURVES)
+    return main, "." in name
 
 
 def is_step(step: object) -> bool:

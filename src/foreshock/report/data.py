@@ -7,11 +7,13 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from foreshock.report.curves import Curves
-from foreshock.report.run_files import RunFiles, checked_run
+from foreshock.records.rank_telemetry import rank_folders
+from foreshock.report.curves import MAIN_CURVES, Curves, place_of
+from foreshock.report.rank_events import RankEvents
+from foreshock.report.ranks import Ranks
+from foreshock.report.run_files import RunFiles, checked_run, losses_in
 from foreshock.report.telemetry import RunSeen, moment_of
 
-MAIN_CURVES = ("train_loss", "loss", "grad_norm", "learning_rate", "spectral_kappa")
 _MOST_SETTINGS = 2000
 
 
@@ -32,13 +34,18 @@ def report_data(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = checked_run(run_dir)
     files, curves = RunFiles(path), Curves()
-    seen = files.telemetry(curves)
+    folders = rank_folders(path)
+    events = RankEvents() if folders else None
+    seen = RunSeen(curves, events)
+    files.telemetry(seen)
     files.other_curves(curves)
     summary, config = files.summary(), files.config()
-    autopsies, more_autopsies = files.autopsies()
+    autopsies, more_autopsies = files.autopsies(folders)
     ledger, pictures, layerwise = files.ledger(), files.pictures(), files.layerwise()
+    ranks = None if events is None else Ranks(folders, events, seen, curves, ledger["state"])
     drawn = curves.drawn()
-    problems = [*files.problems, *_losses(summary)]
+    of_ranks = {} if ranks is None else {"ranks": ranks.drawn(drawn["steps"])}
+    problems = [*files.problems, *losses_in(summary), *(() if ranks is None else ranks.problems)]
     if curves.omitted:
         problems.append(f"{curves.omitted} numbers belong to curves beyond the limit of this page")
     return {
@@ -48,13 +55,15 @@ def report_data(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
         "problems": problems,
         "drawing": {
             **drawn,
-            "curves": sorted(drawn["curves"], key=_place),
+            "curves": sorted(drawn["curves"], key=place_of),
             "bands": seen.bands.bands(),
             "lanes": seen.events.marks(),
             "main": MAIN_CURVES,
             "shades": [[layer.pop("shades") for layer in map_["layers"]] for map_ in layerwise],
+            **of_ranks,
         },
         "numbers": _numbers(drawn),
+        "ranks": None if ranks is None else ranks.told(),
         "counts": dict(sorted(seen.events.counts.items())),
         "actions": seen.events.actions(),
         "risk_changes": seen.events.risk_changes(),
@@ -113,23 +122,6 @@ def _integrity(summary: Mapping[str, Any], seen: RunSeen) -> dict[str, str]:
         sentence = "Anomalies were seen, and nothing was done about them: the guard observes."
         status = "ANOMALIES SEEN"
     return {"status": status, "sentence": sentence}
-
-
-def _losses(summary: Mapping[str, Any]) -> Iterator[str]:
-    for key, what in (
-        ("dropped_records", "telemetry records were dropped, as the disk was too slow"),
-        ("lost_ledger_records", "records of the ledger were lost"),
-    ):
-        number = summary.get(key)
-        if isinstance(number, int) and number > 0:
-            yield f"summary.json: {number} {what}"
-
-
-def _place(curve: Mapping[str, Any]) -> tuple[int, bool]:
-    """The main curves first, those by label last; otherwise in the order of the files."""
-    name = curve["name"]
-    main = MAIN_CURVES.index(name) if name in MAIN_CURVES else len(MAIN_CURVES)
-    return main, "." in name
 
 
 def _numbers(drawn: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -42,21 +42,24 @@ class Events:
         self.counts: Counter[str] = Counter()
         """How often each event happened."""
         self._lanes: dict[str, _Marks] = {}
-        self._actions = _Ends()
-        self._risks = _Ends()
+        self._actions = Ends()
+        self._risks = Ends()
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Takes in an event, as `read_telemetry` gives it."""
+        self._take_in(record, "", {})
+
+    def _take_in(self, record: Mapping[str, Any], whose: str, more: dict[str, Any]) -> None:
         name = str(record.get("event"))
         self.counts[name] += 1
         sentence = event_sentence(record)
         if is_step(record.get("step")):
             lane = LANES.get(name, OTHER_LANE)
-            self._lanes.setdefault(lane, _Marks()).add(record["step"], sentence)
+            self._lanes.setdefault(lane, _Marks()).add(record["step"], whose + sentence)
         if name == "risk_level_changed":
-            self._risks.add({key: record.get(key) for key in _RISK_FIELDS})
+            self._risks.add({key: record.get(key) for key in _RISK_FIELDS} | more)
         elif name not in _NO_ACTIONS:
-            self._actions.add(_row(record, name, sentence))
+            self._actions.add(_row(record, name, sentence) | more)
 
     def marks(self) -> list[dict[str, Any]]:
         """For each lane that is not empty: its name, and its marks in the order of the steps."""
@@ -74,7 +77,7 @@ class Events:
         return self._risks.drawn()
 
 
-class _Ends:
+class Ends:
     """The first and the last of many rows."""
 
     def __init__(self) -> None:

@@ -22,8 +22,11 @@ from foreshock.report.risk import LEVELS
 
 _FOLDER = Path(__file__).parent / "page"
 _SCRIPTS = ("chart.js", "run_charts.js", "report.js")
+_STYLES = ("report.css",)
+_RANK_SCRIPTS, _RANK_STYLES = (*_SCRIPTS, "rank_charts.js"), (*_STYLES, "rank_charts.css")
 _PARTS = {
     "curves": "Curves and events",
+    "ranks": "Ranks",
     "actions": "What the guard did",
     "autopsies": "Autopsies",
     "risk": "Risk and layers",
@@ -67,8 +70,9 @@ def render(data: dict[str, Any]) -> str:
     Returns:
         HTML that loads nothing, and lets nothing run but its own script.
     """
-    script = "\n".join((_FOLDER / name).read_text() for name in _SCRIPTS)
-    style = (_FOLDER / "report.css").read_text()
+    has_ranks = data["ranks"] is not None
+    script = _joined(_RANK_SCRIPTS if has_ranks else _SCRIPTS)
+    style = _joined(_RANK_STYLES if has_ranks else _STYLES)
     return (
         _environment()
         .get_template("report.html")
@@ -85,6 +89,10 @@ def render(data: dict[str, Any]) -> str:
             written=format_utc(time.time_ns()),
         )
     )
+
+
+def _joined(files: Iterable[str]) -> str:
+    return "\n".join((_FOLDER / name).read_text() for name in files)
 
 
 def _environment() -> Environment:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import os
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,22 +74,22 @@ class RunFiles:
         self._path = path
         self.problems: list[str] = []
 
-    def telemetry(self, curves: Curves) -> RunSeen:
-        """All that telemetry.jsonl tells; its numbers go into the curves."""
-        seen = RunSeen(curves)
+    def telemetry(self, seen: RunSeen) -> None:
+        """Shows all that telemetry.jsonl tells."""
         try:
             for record in scan_telemetry(self._path / "telemetry.jsonl"):
                 seen.add(record)
         except FileNotFoundError:
+            seen.trouble = "telemetry.jsonl is missing"
             self.problems.append("telemetry.jsonl is missing: no curves and no events are known")
         except (OSError, ValueError) as error:
-            self.problems.append(f"telemetry.jsonl is read no further: {error}")
+            seen.trouble = f"telemetry.jsonl is read no further: {error}"
+            self.problems.append(seen.trouble)
         self._tell_torn("telemetry.jsonl", seen.torn_lines)
         if seen.stepless:
             self.problems.append(
                 f"telemetry.jsonl: {seen.stepless} telemetry records have no step, and no curve"
             )
-        return seen
 
     def summary(self) -> dict[str, Any]:
         """What summary.json says; empty if it cannot be read."""
@@ -107,16 +107,22 @@ class RunFiles:
         for path in sorted((self._path / "monitoring").glob("*.jsonl")):
             self._take_in(path, curves, _lines(path))
 
-    def autopsies(self) -> tuple[list[dict[str, Any]], int]:
-        """The first of them, in the order of the steps, and how many more there are."""
-        paths = sorted((self._path / "autopsy").glob("step_*.json"), key=_step_in_name)
-        names = map(self._name, paths[:_MAX_AUTOPSIES])
+    def autopsies(self, folders: Mapping[int, Path]) -> tuple[list[dict[str, Any]], int]:
+        """The first of them, in the order of the steps, and how many more there are.
+
+        Args:
+            folders: of the other ranks that have some, by rank.
+        """
+        places = {0: self._path, **folders}
+        files = [(p, r) for r, place in places.items() for p in place.glob("autopsy/step_*.json")]
+        files.sort(key=lambda file: (_step_in_name(file[0]), file[1]))
         found = [
-            {"file": name, "all": autopsy} | {key: autopsy.get(key) for key in _AUTOPSY_FIELDS}
-            for name in names
+            {"file": name, "rank": rank, "all": autopsy}
+            | {key: autopsy.get(key) for key in _AUTOPSY_FIELDS}
+            for name, rank in ((self._name(p), rank) for p, rank in files[:_MAX_AUTOPSIES])
             if (autopsy := self._object(name))
         ]
-        return found, max(0, len(paths) - _MAX_AUTOPSIES)
+        return found, max(0, len(files) - _MAX_AUTOPSIES)
 
     def ledger(self) -> dict[str, Any]:
         """What the verification of ledger.jsonl says."""
@@ -196,6 +202,17 @@ class RunFiles:
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self._path).as_posix()
+
+
+def losses_in(summary: Mapping[str, Any]) -> Iterator[str]:
+    """What of a run was not written, by its own account, in words."""
+    for key, what in (
+        ("dropped_records", "telemetry records were dropped, as the disk was too slow"),
+        ("lost_ledger_records", "records of the ledger were lost"),
+    ):
+        number = summary.get(key)
+        if isinstance(number, int) and number > 0:
+            yield f"summary.json: {number} {what}"
 
 
 def _ledger(

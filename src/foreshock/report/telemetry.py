@@ -20,10 +20,11 @@ class RunSeen:
 
     Args:
         curves: gets the numbers, and the steps per second between one record and the next.
+        events: gets the events; default: ones of its own.
     """
 
-    def __init__(self, curves: Curves) -> None:
-        self.events = Events()
+    def __init__(self, curves: Curves, events: Events | None = None) -> None:
+        self.events = Events() if events is None else events
         self.bands = RiskBands()
         self.layers = WorstLayers()
         self.records = 0
@@ -32,6 +33,8 @@ class RunSeen:
         self.torn_lines = 0
         self.stepless = 0
         """Telemetry records without the number of a step."""
+        self.trouble = ""
+        """Why there is no more, if that is because the file is missing, or damaged."""
         self.first_time: str | None = None
         self.last_time: str | None = None
         self.last_step: int | None = None

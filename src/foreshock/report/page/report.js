@@ -14,7 +14,7 @@ function firstAndLast(drawing) {
 
 function openCharts(drawing) {
   const ends = firstAndLast(drawing);
-  if (ends === null) return;
+  if (ends === null) return null;
   const eventSteps = [...new Set(drawing.lanes.flatMap(lane => lane.marks.map(([step]) => step)))]
     .sort((a, b) => a - b);
   const view = new View(...ends, eventSteps);
@@ -38,6 +38,7 @@ function openCharts(drawing) {
     view.redraw();
   });
   view.redraw();
+  return view;
 }
 
 /** The main curves stand open; the others fold away, by the file that they are from. */
@@ -87,7 +88,7 @@ addEventListener("afterprint", () => {
 });
 
 const drawing = JSON.parse(byId("data").textContent);
-openCharts(drawing);
+const view = openCharts(drawing);
 for (const canvas of document.querySelectorAll("canvas")) {
   drawStrip(canvas, drawing.shades[canvas.dataset.map][canvas.dataset.layer]);
 }
