@@ -1,18 +1,17 @@
 """The history of a run's metrics on disk, and what is said of it in the end."""
 
 import atexit
-import contextlib
 import functools
-import logging
 import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
 from foreshock.records.curves_figure import draw_curves
+from foreshock.records.losses import Losses
 from foreshock.records.metrics_row import (
     Row,
     are_numbers,
@@ -25,8 +24,6 @@ from foreshock.records.metrics_store import MetricsStore
 from foreshock.records.metrics_tally import MetricsTally
 from foreshock.records.poc_report import PocReport, write_poc_report
 from foreshock.records.strict_json import JsonValue
-
-_logger = logging.getLogger("foreshock")
 
 MAX_METRICS = 256
 # However long the interval, no more rows than these wait in memory.
@@ -78,12 +75,12 @@ class MetricsRecorder:
         self._is_saving = self._is_closed = False
         self._known_names: set[str] = set()
         self._harmless_names: set[tuple[str, ...]] = {()}
-        self._warned_of: set[str] = set()
-        self._num_saved = self._num_dropped = self._num_dropped_values = 0
+        self._losses = Losses("metrics", self._out_dir, "dropped_records")
+        self._num_saved = self._num_dropped_values = 0
         self._tally = MetricsTally()
         self._store = MetricsStore(self._out_dir / "metrics", self._tally.take_in)
         if self._store.problem is not None:
-            self._warn("rows", self._store.problem)
+            self._losses.tell("rows", self._store.problem)
         self._begun = time.perf_counter() - self._tally.elapsed_s
         # Not kept alive by it: who forgets one without closing it may open another.
         self._at_exit = functools.partial(_close_if_alive, weakref.ref(self))
@@ -112,7 +109,7 @@ class MetricsRecorder:
     @property
     def dropped_records(self) -> int:
         """How many are missing in one of the files or in both, for whatever reason."""
-        return self._num_dropped
+        return self._losses.num_rows
 
     @property
     def dropped_values(self) -> int:
@@ -148,7 +145,7 @@ class MetricsRecorder:
             each of them. A tensor costs its `.item()`, which waits for the device.
         """
         if os.getpid() != self._process_id:
-            self._lose_in_forked_child()
+            self._losses.add_in_forked_child()
             return
         names: tuple[str, ...] = (*optional,)
         values = (step, epoch, loss, learning_rate, *optional.values())
@@ -167,7 +164,7 @@ class MetricsRecorder:
         row = Row(names, cast("tuple[JsonValue, ...]", values), is_plain, time.time_ns(), elapsed_s)
         with self._lock:
             if self._is_closed:
-                self._lose(1, "the recorder is closed")
+                self._losses.add(1, "the recorder is closed")
                 return
             self._waiting.append(row)
             if len(self._waiting) >= self._save_interval:
@@ -208,7 +205,9 @@ class MetricsRecorder:
             self.save()
             num_rows = self._tally.num_rows
             curves = {name: curve.copy() for name, curve in self._tally.curves.items()}
-        return self._try("picture", lambda: draw_curves(path, self._model_name, num_rows, curves))
+        return self._losses.attempt(
+            "picture", lambda: draw_curves(path, self._model_name, num_rows, curves)
+        )
 
     def poc_report(
         self,
@@ -249,9 +248,11 @@ class MetricsRecorder:
                 final_metrics,
                 summary=self.summary(),
                 tally=self._tally,
-                dropped_records=self._num_dropped,
+                dropped_records=self._losses.num_rows,
             )
-            return self._try("report", lambda: write_poc_report(report, self._store.history()))
+            return self._losses.attempt(
+                "report", lambda: write_poc_report(report, self._store.history())
+            )
 
     def close(self) -> None:
         """Saves and syncs what was recorded, and ends recording. Again is harmless."""
@@ -265,7 +266,7 @@ class MetricsRecorder:
             self._is_closed = True
             problem = self._store.close()
             if problem is not None:
-                self._warn("rows", problem)
+                self._losses.tell("rows", problem)
 
     def __enter__(self) -> "MetricsRecorder":
         return self
@@ -288,7 +289,7 @@ class MetricsRecorder:
                 else:
                     del settled[name]
                     self._num_dropped_values += 1
-                    self._warn("values", f"there are more than {MAX_METRICS} names")
+                    self._losses.tell("values", f"there are more than {MAX_METRICS} names")
             names = (*optional,)
             if names == (*settled,) and all(map(is_harmless, names)):
                 if len(self._harmless_names) >= _MAX_NAME_SETS:
@@ -311,39 +312,10 @@ class MetricsRecorder:
                 if problem is None:
                     self._num_saved += len(rows)
                 else:
-                    self._lose(len(rows), problem)
+                    self._losses.add(len(rows), problem)
                 self._tally.take_in(rows)
         finally:
             self._is_saving = False
-
-    def _try(self, what: str, make: Callable[[], Path]) -> Path | None:
-        try:
-            return make()
-        except Exception as error:  # the training goes on whatever this is
-            self._warn(what, str(error) or repr(error))
-            return None
-
-    def _lose(self, num_rows: int, reason: str) -> None:
-        self._num_dropped += num_rows
-        self._warn("rows", reason)
-
-    def _lose_in_forked_child(self) -> None:
-        # The lock may have been held by a thread that the fork did not copy: it is never released.
-        self._lose(1, "the recorder was made before a fork, and only the parent may write")
-
-    def _warn(self, what: str, reason: str) -> None:
-        if what in self._warned_of:
-            return
-        self._warned_of.add(what)
-        # A broken log handler is one more thing that must not stop training.
-        with contextlib.suppress(Exception):
-            _logger.warning(
-                "metrics in %s: %s missing: %s. Training goes on; what is dropped is counted, and "
-                "this is the only warning of its kind.",
-                self._out_dir,
-                what,
-                reason,
-            )
 
 
 def _close_if_alive(recorder: "weakref.ref[MetricsRecorder]") -> None:

@@ -1,22 +1,18 @@
 """Named series of numbers over the steps, written by a thread of their own."""
 
 import atexit
-import contextlib
-import logging
 import os
 import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+from foreshock.records.losses import Losses
 from foreshock.records.record_queue import RecordQueue
 from foreshock.records.series_file import SeriesFile
 from foreshock.records.series_row import SeriesRow, make_row
-
-_logger = logging.getLogger("foreshock")
 
 _SERIES_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
 _MAX_SERIES = 64
@@ -74,8 +70,7 @@ class SeriesRecorder:
         # Reentrant: a signal handler that records may interrupt a record.
         self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
-        self._num_dropped = 0
-        self._warned_of: set[str] = set()
+        self._losses = Losses("series", self._directory, "dropped_rows")
         self._is_closed = False
 
     @property
@@ -86,7 +81,7 @@ class SeriesRecorder:
     @property
     def dropped_rows(self) -> int:
         """How many rows are missing in the files, for whatever reason."""
-        return self._num_dropped
+        return self._losses.num_rows
 
     def record(self, series: str, step: int, /, **values: object) -> None:
         """Queues one row, stamped with the present time, and returns at once.
@@ -109,8 +104,7 @@ class SeriesRecorder:
             recent = self._begin(series)
         row = make_row(step, values)
         if os.getpid() != self._process_id:
-            # The lock may have been held by a thread that the fork did not copy.
-            self._lose(1, "the recorder was made before a fork, and only the parent may write")
+            self._losses.add_in_forked_child()
             return
         recent.append(row)
         with self._lock:
@@ -118,7 +112,7 @@ class SeriesRecorder:
                 self._start_thread()
             loss = self._queue.put((series, row), is_event=False)
         if loss is not None:
-            self._lose(1, loss.reason)
+            self._losses.add(1, loss.reason)
 
     def recent(self, series: str) -> list[dict[str, object]]:
         """The most recent rows of a series, oldest first, each with step, time and its values.
@@ -155,7 +149,7 @@ class SeriesRecorder:
             return
         # Not by the thread: to draw, matplotlib changes what all threads share.
         for name, file in self._files.items():
-            self._try("picture", name, file.draw)
+            self._losses.attempt("picture", file.draw, f"{name}: ")
 
     def __enter__(self) -> "SeriesRecorder":
         return self
@@ -191,8 +185,8 @@ class SeriesRecorder:
             while (item := self._queue.take()) is not None:
                 self._append(*item)
             for name, file in self._files.items():
-                self._try("rows", name, file.sync)
-                self._try("arrays", name, file.write_arrays)
+                self._losses.attempt("rows", file.sync, f"{name}: ")
+                self._losses.attempt("arrays", file.write_arrays, f"{name}: ")
         except BaseException as error:  # whatever ended the thread, nobody may rely on it
             self._give_up(f"its thread died of {error!r}")
         finally:
@@ -206,42 +200,20 @@ class SeriesRecorder:
                 file = self._files[series] = SeriesFile(self._directory, series)
             file.append(row)
         except Exception as error:  # one row that fails must not end the thread
-            self._lose(1, f"{series}: {error}")
+            self._losses.add(1, f"{series}: {error}")
             return
         if max(_FIRST_ARRAYS, 2 * file.num_in_arrays) <= file.num_rows <= _LAST_ARRAYS:
             # Slept between, so as to leave the interpreter to the training.
-            self._try("arrays", series, lambda: file.write_arrays(lambda: time.sleep(_PAUSE_S)))
-
-    def _try(self, what: str, series: str, make: Callable[[], object]) -> None:
-        try:
-            make()
-        except Exception as error:  # the training goes on whatever this is
-            self._warn(what, f"{series}: {error}")
+            self._losses.attempt(
+                "arrays", lambda: file.write_arrays(lambda: time.sleep(_PAUSE_S)), f"{series}: "
+            )
 
     def _give_up(self, reason: str) -> None:
         num_rows = len(self._queue.close_and_empty())
         if num_rows:
-            self._lose(num_rows, reason)
+            self._losses.add(num_rows, reason)
         else:
-            self._warn("arrays and pictures", reason)
-
-    def _lose(self, num_rows: int, reason: str) -> None:
-        self._num_dropped += num_rows
-        self._warn("rows", reason)
-
-    def _warn(self, what: str, reason: str) -> None:
-        if what in self._warned_of:
-            return
-        self._warned_of.add(what)
-        # A broken log handler is one more thing that must not stop training.
-        with contextlib.suppress(Exception):
-            _logger.warning(
-                "series in %s: %s missing: %s. Training goes on; dropped_rows counts what is lost, "
-                "and this is the only warning of its kind.",
-                self._directory,
-                what,
-                reason,
-            )
+            self._losses.tell("arrays and pictures", reason)
 
 
 def _checked_count(name: str, count: int) -> int:
