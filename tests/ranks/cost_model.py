@@ -32,6 +32,7 @@ COSTS = (
         "144 + 16 + 16 P + 16 R",
         lambda R, P: [SHARE, PAIR, PAIR * P, PAIR * R],
     ),
+    Cost("overflow that a GradScaler sees to", "144 + 8", lambda R, P: [SHARE, NUMBER]),
     Cost("step that tells of a slow rank", "144 + 8 R", lambda R, P: [SHARE, NUMBER * R]),
     Cost("monitor made", "16 + 16", lambda R, P: [PAIR, PAIR]),
     Cost("end of a loop", "144", lambda R, P: [SHARE]),

@@ -18,6 +18,7 @@ from tests.ranks import (
     checks_costs,
     checks_pace,
     checks_recovery,
+    checks_scaler,
     checks_spectra,
     checks_verdicts,
 )
@@ -29,6 +30,7 @@ MODULES = (
     checks_spectra,
     checks_costs,
     checks_pace,
+    checks_scaler,
 )
 
 
