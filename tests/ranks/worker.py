@@ -16,6 +16,7 @@ import torch.distributed as dist
 from tests.ranks import (
     checks_clipping,
     checks_costs,
+    checks_engines,
     checks_pace,
     checks_recovery,
     checks_scaler,
@@ -31,6 +32,7 @@ MODULES = (
     checks_costs,
     checks_pace,
     checks_scaler,
+    checks_engines,
 )
 
 
