@@ -85,7 +85,7 @@ class JointWatch(Watch):
         ranks.require_same("guard", guard.model_dump(mode="json", exclude={"persist_dir"}))
         self._shares = shares_of(self.parameters, ranks.size)
         self._is_split = any(map(is_split, self.parameters))
-        self._copies = Copies(named, ranks)
+        self._copies = Copies(named, optimizer, ranks)
         self._pace = Pace(model, guard.straggler_ratio)
         self._seconds = 0.0
         self._is_slow = False
@@ -254,13 +254,17 @@ class JointWatch(Watch):
         bad_weights = heard.bad_weights
         if not self._looks_at_weights and (finding.has_nonfinite or not is_normal):
             bad_weights = self._ranks.share(Share(bad_weights=self._bad_weights())).bad_weights
+        is_state_bad = bad_weights > 0 or heard.changed_state > 0  # whatever else has differed
+        have_differed = heard.have_copies_differed and (
+            is_state_bad or self._copies.are_different()
+        )
         signs = Signs(
             mean,
             self._is_gradient_bad(finding),
             bad_weights > 0,
             heard.unstable > 0,
             heard.changed_state > 0,
-            have_replicas_differed=heard.have_copies_differed,
+            have_replicas_differed=have_differed,
         )
         return signs, finding
 
