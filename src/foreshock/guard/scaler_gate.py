@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -39,16 +37,15 @@ class ScalerGate:
         self._has_overflowed = has_overflowed
         self._stepped = stepped
         self._is_removed = False
-        self._inner = inner = scaler.step
+        self._inner = scaler.step
+        scaler.step = self  # type: ignore[method-assign]
 
-        @functools.wraps(inner)
-        def step(_: torch.amp.GradScaler, *args: Any, **kwargs: Any) -> Any:
-            return self._step(*args, **kwargs)
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A scaler that is copied or saved meanwhile has its own step again.
+        return getattr, (self._scaler, "step")
 
-        self._installed = types.MethodType(step, scaler)
-        scaler.step = self._installed  # type: ignore[method-assign]
-
-    def _step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        """In the place of `scaler.step`."""
         is_ours = optimizer is self._optimizer and self._scaler.is_enabled()
         if self._is_removed or not is_ours:
             return self._inner(optimizer, *args, **kwargs)
@@ -77,5 +74,5 @@ class ScalerGate:
     def remove(self) -> None:
         """Puts the wrapped step back; where somebody has wrapped ours since, ours lets all pass."""
         self._is_removed = True
-        if vars(self._scaler).get("step") is self._installed:
+        if vars(self._scaler).get("step") is self:
             del self._scaler.step
