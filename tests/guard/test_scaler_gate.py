@@ -97,6 +97,9 @@ def test_removed_it_lets_all_pass_even_where_somebody_has_wrapped_it_since() -> 
     setup, wrapped = Setup(), Setup()
     setup.gate().remove()
     assert "step" not in vars(setup.scaler)
+    theirs = setup.scaler.step = setup.scaler.step
+    setup.gate().remove()
+    assert setup.scaler.step is theirs
     gate = wrapped.gate()
     ours = wrapped.scaler.step
     wrapped.scaler.step = lambda optimizer: ours(optimizer)

@@ -37,6 +37,7 @@ class ScalerGate:
         self._has_overflowed = has_overflowed
         self._stepped = stepped
         self._is_removed = False
+        self._had_own_step = "step" in vars(scaler)
         self._inner = scaler.step
         scaler.step = self  # type: ignore[method-assign]
 
@@ -74,5 +75,9 @@ class ScalerGate:
     def remove(self) -> None:
         """Puts the wrapped step back; where somebody has wrapped ours since, ours lets all pass."""
         self._is_removed = True
-        if vars(self._scaler).get("step") is self:
+        if vars(self._scaler).get("step") is not self:
+            return
+        if self._had_own_step:
+            self._scaler.step = self._inner  # type: ignore[method-assign]
+        else:
             del self._scaler.step
