@@ -78,6 +78,6 @@ class ScalerGate:
         if vars(self._scaler).get("step") is not self:
             return
         if self._had_own_step:
-            self._scaler.step = self._inner  # type: ignore[method-assign]
+            self._scaler.step = self._inner
         else:
             del self._scaler.step
