@@ -28,6 +28,7 @@ from foreshock.guard import (
     JointWatch,
     LaggingWatch,
     RolledBack,
+    ScalerGate,
     Seen,
     Stateful,
     StepGate,
@@ -193,6 +194,15 @@ class Monitor:
             self._admit,
             self._note_call,
         )
+        self._scaler_gates = self._make_scaler_gates()
+
+    def _make_scaler_gates(self) -> list[ScalerGate]:
+        watch = self._watch
+        if not isinstance(watch, JointWatch):
+            return []
+        has_overflowed = functools.partial(self._timed, watch.has_overflowed)
+        stepped = functools.partial(self._own, watch.note_scaler_stepped)
+        return [ScalerGate(s, self._optimizer, has_overflowed, stepped) for s in watch.scalers]
 
     def _make_watch(
         self, model: torch.nn.Module, state: Mapping[str, Stateful], sync: bool
@@ -471,6 +481,8 @@ class Monitor:
             if self._risk is not None:
                 self._own(self._risk.look_once_more)
             self._gate.remove()
+            for gate in self._scaler_gates:
+                gate.remove()
             for watch in self._watches.values():
                 self._safely(watch.close, None)
             self._safely(self._watch.history.finish, None)
@@ -496,9 +508,12 @@ class Monitor:
 
     def _own(self, work: Callable[[], object]) -> None:
         """Does something of our own, and counts the time."""
+        self._timed(lambda: self._safely(work, None))
+
+    def _timed(self, work: Callable[[], T]) -> T:
         begun = self._journal.begin()
         try:
-            self._safely(work, None)
+            return work()
         finally:
             self._journal.end(begun)
 
@@ -562,11 +577,7 @@ class Monitor:
             if not has_closure:
                 self._own(self._watch.observe_update)
             return True
-        begun = self._journal.begin()
-        try:
-            return self._watch.admits(has_closure)
-        finally:
-            self._journal.end(begun)
+        return self._timed(lambda: self._watch.admits(has_closure))
 
     def _note_call(self, was_admitted: bool) -> None:
         if self._noise is not None:

@@ -54,16 +54,18 @@ def test_every_engine_of_accelerate_is_either_guarded_or_said_not_to_be() -> Non
     assert unguarded == set(SHARDING)
 
 
-def test_distributed_parameters_are_not_guarded_whoever_has_distributed_them(
+def test_distributed_parameters_are_guarded_if_fsdp_has_distributed_them(
     process_group: None,
 ) -> None:
     from torch.distributed.fsdp import fully_shard
 
     mesh = torch.distributed.init_device_mesh("cpu", (1,))
     model = fully_shard(nn.Linear(2, 2), mesh=mesh)
-    why = why_unguarded("MULTI_GPU", model)
-    assert why is not None
-    assert "its own part" in why
+    assert why_unguarded("FSDP", model) is None
+    for engine in ("MULTI_GPU", "DEEPSPEED", "MEGATRON_LM"):
+        why = why_unguarded(engine, model)
+        assert why is not None
+        assert "not by accelerate's FSDP" in why
 
 
 @pytest.mark.parametrize("engine", SHARDING)

@@ -9,9 +9,10 @@ import torch.distributed as dist
 
 import foreshock as fs
 from tests.ranks.checks_recovery import flipped_bit, nan_in_weight
+from tests.ranks.checks_scaler import FIT, overflow
 from tests.ranks.checks_verdicts import nan_in_gradient
 from tests.ranks.cost_model import COSTS
-from tests.ranks.training import Run, Strike, counted, train
+from tests.ranks.training import How, Run, Strike, counted, train
 
 
 def check_what_is_sent_is_what_the_cost_model_says(out: Path) -> None:
@@ -20,6 +21,7 @@ def check_what_is_sent_is_what_the_cost_model_says(out: Path) -> None:
         "rollback, the weight named": Strike(6, 1, nan_in_weight),
         "rollback, copies that differ named": Strike(6, 1, flipped_bit),
     }
+    strikes["overflow that a GradScaler sees to"] = Strike(6, 1, overflow, "backward")
     size = dist.get_world_size()
     model = {cost.what: cost.sizes for cost in COSTS}
     for what, strike in strikes.items():
@@ -29,7 +31,8 @@ def check_what_is_sent_is_what_the_cost_model_says(out: Path) -> None:
             begun.append(len(calls))
 
         with counted() as calls:
-            run = train("ddp", out / what, strike, at_step=note, replica_interval=1)
+            how = How(scale=FIT if strike.hit is overflow else None)
+            run = train("ddp", out / what, strike, how=how, at_step=note, replica_interval=1)
         number = len(list(run.model.parameters()))
         sent = [n for n, _ in calls]
         steps = [sent[a:b] for a, b in itertools.pairwise(begun)]
@@ -40,4 +43,5 @@ def check_what_is_sent_is_what_the_cost_model_says(out: Path) -> None:
         # The last step, the end of the loop, and once more when the run is finalized.
         end = model["end of a loop"](size, number)
         assert sent[begun[-1] :] == model["clean step"](size, number) + end + end
-        assert run.verdicts[6].action is not fs.Action.CONTINUE
+        is_alarm = strike.hit is not overflow
+        assert (run.verdicts[6].action is not fs.Action.CONTINUE) is is_alarm

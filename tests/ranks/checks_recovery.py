@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import itertools
 import math
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +24,13 @@ from foreshock.guard.persistence import SnapshotFolder
 from tests.monitor.training import flip_exponent
 from tests.ranks.training import (
     KINDS,
+    Batches,
     How,
     Run,
     Strike,
     assert_same_on_all_ranks,
     clean_bits,
+    counted,
     gathered,
     make_run,
     parameter,
@@ -127,20 +133,115 @@ def check_a_flipped_bit_in_a_rank_is_named_and_undone(out: Path) -> None:
         assert run.bits() == clean_bits(kind, out.parent / f"clean {kind} False")
 
 
+def flipped_bit_of(key: str) -> Callable[[nn.Module, Any], None]:
+    """The lowest, in what an optimizer keeps for a parameter."""
+
+    def hit(model: nn.Module, optimizer: Any) -> None:
+        kept = local_part(optimizer.state[parameter(model, "norm.weight")][key])
+        kept.view(-1)[:1].view(torch.int32)[0] ^= 1
+
+    return hit
+
+
+CHANGED_COPIES = (
+    ("norm.weight", flipped_bit),
+    ("norm.weight: exp_avg", flipped_bit_of("exp_avg")),
+    ("norm.weight: exp_avg_sq", flipped_bit_of("exp_avg_sq")),
+    ("norm.weight: step", flipped_bit_of("step")),
+)
+
+
 def check_a_copy_that_was_changed_by_a_bit_is_named_within_the_interval(out: Path) -> None:
-    for kind in ("ddp", "tp"):
-        for interval, step in ((1, 6), (5, 10)):
-            name = f"{kind} {interval}"
-            strike = Strike(6, 1, flipped_bit)
-            run = train(kind, out / name, strike, snapshot_interval=4, replica_interval=interval)
+    for kind, (name, hit) in itertools.product(("ddp", "tp"), CHANGED_COPIES):
+        # The snapshot of step 8 is compared too, or it would be trusted.
+        for interval, step in ((1, 6), (5, 8))[: 2 if hit is flipped_bit else 1]:
+            where = out / f"{kind} {name} {interval}"
+            strike = Strike(6, 1, hit)
+            run = train(kind, where, strike, snapshot_interval=4, replica_interval=interval)
             assert_same_on_all_ranks([(v.step, v.action, str(v.offender)) for v in run.verdicts])
             (bad,) = run.bad
-            # The snapshot of step 8 is compared too, or it would be trusted.
-            assert bad.step == min(step, 8)
+            assert bad.step == step
             assert bad.reasons == (fs.guard.Reason.REPLICAS_DIFFER,)
-            assert bad.offender.name.endswith("norm.weight")
+            assert bad.offender.name.endswith(name), bad.offender
+            assert bad.offender.kind == ("parameter" if hit is flipped_bit else "optimizer state")
             assert bad.offender.ranks == ((0, 1) if dist.get_world_size() == 2 else (1,))
             assert run.bits() == clean_bits(kind, out.parent / f"clean {kind} False")
+
+
+class OwnMomentum(torch.optim.SGD):
+    """One that keeps what is its rank's alone, as with errors that are fed back."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["error"] = torch.full_like(p, 1.0 + dist.get_rank())
+        super().step(closure)
+
+
+def check_what_a_rank_rightly_keeps_for_itself_is_no_difference(out: Path) -> None:
+    """State of an optimizer that is not torch's, and of parameters that others update."""
+
+    def its_own(model: nn.Module) -> torch.optim.Optimizer:
+        return OwnMomentum(model.parameters(), lr=0.1, momentum=0.9)
+
+    def of_a_part(model: nn.Module) -> torch.optim.Optimizer:
+        mine = list(model.parameters())[dist.get_rank() :: dist.get_world_size()]
+        return torch.optim.AdamW(mine, lr=1e-2)
+
+    def of_parts_by_torch(model: nn.Module) -> torch.optim.Optimizer:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its modules' own, of torch.jit
+            optim = importlib.import_module("torch.distributed.optim")
+        return optim.ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=1e-2)
+
+    for name, make in (("own", its_own), ("part", of_a_part), ("zero", of_parts_by_torch)):
+        model = make_run("ddp", out, How()).model
+        optimizer, words = make(model), []
+        guard = fs.Guard(mode="recover", replica_interval=1)
+        with fs.Monitor(model, optimizer, out / name, guard, spectral_enabled=False) as monitor:
+            for x, y in Batches(dist.get_rank(), 6):
+                optimizer.zero_grad()
+                loss = nn.functional.cross_entropy(model(x), y)
+                loss.backward()
+                with counted() as calls:
+                    assert monitor.step(loss).action is fs.Action.CONTINUE
+                words.append(len(calls))
+                optimizer.step()
+                for i, p in enumerate(model.parameters()):
+                    if name == "part":
+                        dist.broadcast(p.detach(), i % dist.get_world_size())
+        # Asked about once, when the first state has been made.
+        assert words == ([1, 2, 1, 1, 1, 1] if name == "part" else [1] * 6), (name, words)
+
+
+@ranks(2)
+def check_state_that_torchs_optimizers_make_is_the_same_on_healthy_ranks(out: Path) -> None:
+    makers = {
+        "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+        "amsgrad": lambda p: torch.optim.Adam(p, lr=0.1, amsgrad=True, capturable=False),
+        "fused": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+        "foreach": lambda p: torch.optim.NAdam(p, lr=0.1, foreach=True),
+        "rprop": lambda p: torch.optim.Rprop(p, lr=0.1),
+        "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.1),
+    }
+    for name, make in makers.items():
+        model = make_run("ddp", out, How()).model
+        optimizer = make(list(model.parameters()))
+        guard = fs.Guard(replica_interval=1)
+        with fs.Monitor(model, optimizer, out / name, guard, spectral_enabled=False) as monitor:
+            for x, y in Batches(dist.get_rank(), 4):
+                optimizer.zero_grad()
+                loss = nn.functional.cross_entropy(model(x), y)
+                loss.backward()
+                with counted() as calls:
+                    assert monitor.step(loss).action is fs.Action.CONTINUE
+                assert len(calls) == 1
+                optimizer.step()
+            optimizer.load_state_dict(optimizer.state_dict())
+            kept = optimizer.state[next(model.parameters())]
+            looked_at = monitor._watch._copies._tensors(0)
+            assert len(looked_at) == 1 + len(kept) > 1
+            assert all(looked_at[key][0] is tensor for key, tensor in kept.items())
 
 
 def check_a_snapshot_that_a_rank_has_lost_is_dropped_by_all(out: Path) -> None:

@@ -212,6 +212,8 @@ def check_no_schedule_hangs(out: Path) -> None:
         kind = shared.choice(KINDS)
         if kind == "tp" and how.clips == "torch":
             how.clips = "none"
+        if kind != "tp":
+            how.scale = shared.choice([None, None, 1.0, 2.0**10, 2.0**22])
         strikes = [
             Strike(
                 shared.randrange(how.steps),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 SHARE, NUMBER, PAIR, MESSAGE = 144, 8, 16, 1024
+SUMS, SLOTS = 48, 72
 
 
 class Cost(NamedTuple):
@@ -29,9 +30,10 @@ COSTS = (
     ),
     Cost(
         "rollback, copies that differ named",
-        "144 + 16 + 16 P + 16 R",
-        lambda R, P: [SHARE, PAIR, PAIR * P, PAIR * R],
+        "144 + 48 P + 16 + 72 R",
+        lambda R, P: [SHARE, SUMS * P, PAIR, SLOTS * R],
     ),
+    Cost("overflow that a GradScaler sees to", "144 + 8", lambda R, P: [SHARE, NUMBER]),
     Cost("step that tells of a slow rank", "144 + 8 R", lambda R, P: [SHARE, NUMBER * R]),
     Cost("monitor made", "16 + 16", lambda R, P: [PAIR, PAIR]),
     Cost("end of a loop", "144", lambda R, P: [SHARE]),

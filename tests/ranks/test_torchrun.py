@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -77,6 +78,72 @@ def test_after_kill_9_of_a_rank_torchrun_resumes_bit_identically(tmp_path: Path)
         assert [e["step"] for e in events if e["event"] == "resumed"] == [resumed][: where == "run"]
     for file in (tmp_path / "snapshots").glob("rank_*/step_*.safetensors"):
         snapshot_file.read(file)
+
+
+SHARDED = pytest.mark.xdist_group("sharded trainer")
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What two ranks have found in the Trainer's runs under FSDP2."""
+    pytest.importorskip("transformers", minversion="5")
+    out = tmp_path_factory.mktemp("sharded")
+    done = torchrun("-m", "tests.ranks.sharded_trainer", out)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads((out / f"found_{rank}.json").read_text()) for rank in range(2)]
+    assert all(run["is_split"] for of_rank in found for run in of_rank.values())
+    return found
+
+
+@SHARDED
+def test_the_trainer_under_fsdp2_hears_the_same_verdict_on_all_ranks(
+    sharded: list[dict[str, Any]],
+) -> None:
+    for name, run in sharded[0].items():
+        other = sharded[1][name]
+        for what in ("said", "norms", "scale"):
+            assert run[what] == other[what], (name, what)
+        assert run["bits"] != other["bits"]  # each has its own shards
+
+
+@SHARDED
+def test_the_trainer_under_fsdp2_learns_the_same_bits_while_it_is_observed(
+    sharded: list[dict[str, Any]],
+) -> None:
+    for found in sharded:
+        assert found["watched"]["bits"] == found["bare"]["bits"]
+        assert found["observed"]["bits"][:7] == found["bare"]["bits"][:7]
+        assert "NONFINITE_GRADIENT" in found["observed"]["said"][6]
+        assert found["guarded"]["guard"]["integrity_status"] == "OK"
+
+
+@SHARDED
+def test_the_trainer_under_fsdp2_withholds_what_is_bad_in_one_ranks_shard(
+    sharded: list[dict[str, Any]],
+) -> None:
+    for found in sharded:
+        run = found["withheld"]
+        assert run["bits"][7] == run["bits"][6]
+        assert run["guard"]["skipped_steps"] == 1
+        assert run["guard"]["total_rollbacks"] == 0
+        assert "h.1.mlp.c_fc.weight" in run["said"][6]
+        assert "ranks=(1,)" in run["said"][6]
+        overflowed = found["overflowed"]
+        assert overflowed["bits"][7] == overflowed["bits"][6]
+        assert overflowed["scale"] == 128.0
+        assert overflowed["guard"]["anomalies_seen"] == overflowed["guard"]["skipped_steps"] == 0
+
+
+@SHARDED
+def test_the_trainer_under_fsdp2_returns_to_a_snapshot_on_all_ranks(
+    sharded: list[dict[str, Any]],
+) -> None:
+    for found in sharded:
+        run = found["rolled back"]
+        assert "NONFINITE_WEIGHTS" in run["said"][6]
+        assert "ranks=(1,)" in run["said"][6]
+        assert run["bits"][7] == run["bits"][4]
+        assert run["guard"]["integrity_status"] == "RECOVERED"
 
 
 @pytest.mark.parametrize("example", ["ddp.py", "fsdp2.py", "trainer.py"])

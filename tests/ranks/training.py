@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,6 +24,8 @@ from foreshock.guard.persistence import Saver
 
 FEATURES, WIDTH, CLASSES, STEPS, BATCH = 6, 8, 3, 16, 4
 KINDS = ("ddp", "fsdp2", "tp")
+SCALED_KINDS = ("ddp", "fsdp2", "tp alone")
+"""Those that a GradScaler can be put beside: torch's refuses to mix DTensors with others."""
 
 _Check = TypeVar("_Check", bound=Callable[[Path], None])
 
@@ -64,6 +66,19 @@ def make_model(kind: str) -> nn.Module:
         for part in (model.up, model.down):
             fully_shard(part, mesh=mesh)
         return fully_shard(model, mesh=mesh)
+    if kind == "fsdp2 tp":
+        from torch.distributed.fsdp import fully_shard
+
+        both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "parts"))
+        return fully_shard(_split(model, both["parts"]), mesh=both["data"])
+    _split(model, mesh)
+    if kind == "tp alone":
+        for part in (model.norm, model.head):
+            distribute_module(part, mesh, None, _to_mesh, _from_mesh)
+    return model
+
+
+def _split(model: Block, mesh: Any) -> nn.Module:
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
         RowwiseParallel,
@@ -71,6 +86,20 @@ def make_model(kind: str) -> nn.Module:
     )
 
     return parallelize_module(model, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+
+
+def _to_mesh(module: nn.Module, inputs: Any, mesh: Any) -> tuple[DTensor, ...]:
+    return tuple(DTensor.from_local(x, mesh, [Replicate()]) for x in inputs)
+
+
+def _from_mesh(module: nn.Module, output: Any, mesh: Any) -> Tensor:
+    return output.to_local()
+
+
+def number_of_data(kind: str) -> int:
+    """Of the part of the data that this rank trains on."""
+    rank = dist.get_rank()
+    return {"tp": 0, "tp alone": 0, "fsdp2 tp": rank // 2}.get(kind, rank)
 
 
 @dataclasses.dataclass
@@ -117,6 +146,7 @@ class Run:
     summary: dict[str, Any] = dataclasses.field(default_factory=dict)
     saver: Saver | None = None
     """Of its monitor, where snapshots go to disk."""
+    scaler: torch.amp.GradScaler | None = None
 
     @property
     def bad(self) -> list[fs.Verdict]:
@@ -153,11 +183,17 @@ class How:
     is_fused: bool = False
     steps: int = STEPS
     max_norm: float = 0.5
+    scale: float | None = None
+    """With which a GradScaler begins, in half precision."""
 
 
 def make_run(kind: str, out: Path, how: How) -> Run:
     model = make_model(kind)
-    return Run(model, make_optimizer(list(model.parameters()), 1e-2, is_fused=how.is_fused), out)
+    optimizer = make_optimizer(list(model.parameters()), 1e-2, is_fused=how.is_fused)
+    scaler = None
+    if how.scale is not None:
+        scaler = torch.amp.GradScaler("cpu", init_scale=how.scale, growth_interval=5)
+    return Run(model, optimizer, out, scaler=scaler)
 
 
 def make_optimizer(parameters: list[Tensor], lr: float, *, is_fused: bool) -> torch.optim.Optimizer:
@@ -179,8 +215,9 @@ def train(
     how = how or How()
     run = make_run(kind, out, how)
     given = {"mode": "recover", "snapshot_interval": 4, "lr_backoff": 1.0, **guard}
-    batches = Batches(0 if kind == "tp" else dist.get_rank(), how.steps)
-    with fs.Monitor(run.model, run.optimizer, out, fs.Guard(**given), **(monitor or {})) as watch:
+    batches = Batches(number_of_data(kind), how.steps)
+    more = {"state": {} if run.scaler is None else {"scaler": run.scaler}, **(monitor or {})}
+    with fs.Monitor(run.model, run.optimizer, out, fs.Guard(**given), **more) as watch:
         run.saver = watch._watch.history._saver
         for step, (x, y) in watch.loop(batches):
             _strike(run, strikes, step, "start")
@@ -203,20 +240,31 @@ def train_step(
 ) -> bool:
     if step % how.accumulation == 0:
         run.optimizer.zero_grad()
-    loss = nn.functional.cross_entropy(run.model(x), y) / how.accumulation
-    loss.backward()
+    with torch.autocast("cpu", torch.float16, enabled=run.scaler is not None):
+        loss = nn.functional.cross_entropy(run.model(x), y) / how.accumulation
+    (loss if run.scaler is None else run.scaler.scale(loss)).backward()
     _strike(run, strikes, step, "backward")
     is_end = (step + 1) % how.accumulation == 0
     if is_end:
+        if run.scaler is not None and how.clips != "none":
+            run.scaler.unscale_(run.optimizer)
         clip(run, watch, loss, how)
         _strike(run, strikes, step, "clip")
     if how.judges == "first":
         run.verdicts.append(watch.step(loss))
     if is_end:
-        run.optimizer.step()
+        update(run)
     if how.judges == "last":
         run.verdicts.append(watch.step(loss))
     return not run.verdicts or bool(run.verdicts[-1])
+
+
+def update(run: Run) -> None:
+    if run.scaler is None:
+        run.optimizer.step()
+    else:
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
 
 
 def clip(run: Run, watch: fs.Monitor, loss: Tensor, how: How) -> None:

@@ -16,9 +16,11 @@ import torch.distributed as dist
 from tests.ranks import (
     checks_clipping,
     checks_costs,
+    checks_engines,
     checks_pace,
     checks_records,
     checks_recovery,
+    checks_scaler,
     checks_spectra,
     checks_verdicts,
 )
@@ -31,6 +33,8 @@ MODULES = (
     checks_spectra,
     checks_costs,
     checks_pace,
+    checks_scaler,
+    checks_engines,
 )
 
 

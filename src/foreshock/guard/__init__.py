@@ -40,6 +40,7 @@ from foreshock.guard.lagging_watch import LaggingWatch, can_lag
 from foreshock.guard.learning_rate import LearningRateBackoff, RateBehindFunctions
 from foreshock.guard.policy import Decision, Policy, Signs
 from foreshock.guard.replay import BatchSource, BufferedSource, make_source
+from foreshock.guard.scaler_gate import ScalerGate
 from foreshock.guard.snapshots import Snapshot, SnapshotRing
 from foreshock.guard.spikes import SpikeDetector
 from foreshock.guard.state import (
@@ -96,6 +97,7 @@ __all__ = [
     "RiskAnswered",
     "RiskLevelChanged",
     "RolledBack",
+    "ScalerGate",
     "Seen",
     "Signs",
     "Snapshot",

@@ -39,8 +39,9 @@ class Guard(Settings):
     bit that has flipped in between, however finite the outcome, is a bad state. Costs two reads of
     both a step. Not for loops that change parameters outside of `optimizer.step`."""
     replica_interval: NonNegativeInt = 100
-    """Steps between comparisons of the parameters that several ranks hold copies of; a snapshot is
-    always followed by one. 0: none. Costs a read of them, and nothing where one process trains."""
+    """Steps between comparisons of the parameters that several ranks hold copies of, and of their
+    state in an optimizer of torch's own; a snapshot is always followed by one. 0: none. Costs a
+    read of them, and nothing where one process trains."""
     straggler_ratio: PositiveFloat = 1.5
     """A rank is told of that takes so many times as long as the others for its own work, in three
     measured steps in a row; one step of ten is measured. `inf`: none is."""

@@ -76,6 +76,8 @@ class JointWatch(Watch):
         self._expected_loss: float | None = None
         self._is_loss_bad = False
         self._is_unstable_here = self._asks_for_snapshot = self._asks_for_lower_rate = False
+        self._in_scaler: object = None
+        """The step in which a GradScaler was called last."""
         of_rank = _for_rank(guard, ranks.rank)
         super().__init__(model, optimizer, state, of_rank, record, only_trainable=only_trainable)
         named = named_parameters(model, optimizer)
@@ -83,7 +85,7 @@ class JointWatch(Watch):
         ranks.require_same("guard", guard.model_dump(mode="json", exclude={"persist_dir"}))
         self._shares = shares_of(self.parameters, ranks.size)
         self._is_split = any(map(is_split, self.parameters))
-        self._copies = Copies(named, ranks)
+        self._copies = Copies(named, optimizer, ranks)
         self._pace = Pace(model, guard.straggler_ratio)
         self._seconds = 0.0
         self._is_slow = False
@@ -252,15 +254,26 @@ class JointWatch(Watch):
         bad_weights = heard.bad_weights
         if not self._looks_at_weights and (finding.has_nonfinite or not is_normal):
             bad_weights = self._ranks.share(Share(bad_weights=self._bad_weights())).bad_weights
+        is_state_bad = bad_weights > 0 or heard.changed_state > 0  # whatever else has differed
+        have_differed = heard.have_copies_differed and (
+            is_state_bad or self._copies.are_different()
+        )
         signs = Signs(
             mean,
             self._is_gradient_bad(finding),
             bad_weights > 0,
             heard.unstable > 0,
             heard.changed_state > 0,
-            have_replicas_differed=heard.have_copies_differed,
+            have_replicas_differed=have_differed,
         )
         return signs, finding
+
+    def _is_gradient_bad(self, finding: Finding) -> bool:
+        is_bad = super()._is_gradient_bad(finding)
+        if not self._scalers or not finding.has_nonfinite:
+            return is_bad
+        # Where nothing is touched, the ranks' scales may have come to differ.
+        return self._ranks.largest([is_bad])[0] > 0
 
     def _are_weights_bad_at_end(self) -> bool:
         return self._ranks.share(Share(bad_weights=self._bad_weights())).bad_weights > 0
@@ -290,16 +303,42 @@ class JointWatch(Watch):
             return super().admits(has_closure)
         if self.stopped is not None:
             return False
-        if self.history.source is None and self._current.was_stepped:
-            self.finish_step()  # nobody has asked for a verdict on the last one
+        heard = self._heard_before_update()
         verdict = self._current.verdict
-        if verdict is not None:
-            return verdict.action is Action.CONTINUE
-        heard = self._heard_in_this_step() or self._exchange(None)
-        if heard.changed_state:
+        if verdict is None and heard.changed_state:
             self._decide(Signs(has_changed_state=True))
             return False
-        return not _finding_of(heard).has_nonfinite
+        is_good = verdict is None or verdict.action is Action.CONTINUE
+        return is_good and not _finding_of(heard).has_nonfinite
+
+    def _heard_before_update(self) -> Share:
+        if self.history.source is None and self._current.is_over:
+            self.finish_step()  # nobody has asked for a verdict on the last one
+        return self._heard_in_this_step() or self._exchange(None)
+
+    @property
+    def scalers(self) -> list[torch.amp.GradScaler]:
+        """Those that are registered."""
+        return self._scalers
+
+    def has_overflowed(self) -> bool:
+        """Whether a gradient of any rank is not finite; asked before a GradScaler decides.
+
+        Cost: nothing where the ranks have spoken in the step, else their one word of it.
+        """
+        is_left_alone = self.stopped is not None or self._guard.mode == "observe"
+        has_found = not is_left_alone and _finding_of(self._heard_before_update()).has_nonfinite
+        self._in_scaler = self._current
+        return has_found
+
+    def note_scaler_stepped(self) -> None:
+        """A GradScaler has called the optimizer, or has let the update go."""
+        now = self._current
+        if now is not self._in_scaler or now.was_stepped:
+            return
+        now.was_left_out = True
+        if self.history.source is None and now.verdict is not None:
+            self.finish_step()
 
     # ---- the gradients
 

@@ -67,11 +67,18 @@ class _Step:
     is_recorded: bool = False
     was_updated: bool = False
     was_withheld: bool = False
+    was_left_out: bool = False
+    """Whether a GradScaler has kept the optimizer from being called."""
 
     @property
     def was_stepped(self) -> bool:
         """Whether the optimizer was called."""
         return self.was_updated or self.was_withheld
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the place for its update has been passed."""
+        return self.was_stepped or self.was_left_out
 
 
 class Seen(NamedTuple):
@@ -246,7 +253,7 @@ class Watch:
             self._has_been_stepped |= now.was_stepped
             if verdict.action is Action.CONTINUE:
                 self._note_clean_step(self.step, now.was_stepped)
-        self._is_within_accumulation = not now.was_stepped
+        self._is_within_accumulation = not now.is_over
         self._current = _Step()
         self.step += 1
         if self.history.source is None:
@@ -324,7 +331,7 @@ class Watch:
         if is_outside and not self.history.has_start:
             self.history.take_if_due(self.step)
         verdict = self._judge(loss, is_unstable)
-        if is_outside and self._current.was_stepped:
+        if is_outside and self._current.is_over:
             self.finish_step()
         return verdict
 

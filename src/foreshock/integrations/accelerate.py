@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer, patch_optimizer_step
 
+from foreshock.distributed_part import is_distributed
 from foreshock.guard import Guard, Stateful
 from foreshock.monitor import Monitor
 
@@ -70,8 +71,8 @@ def watch(
         The monitor.
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is accepted; also a
-            guard that is to act under an engine that shards, or to roll back where accelerate ends
-            accumulations with the loader.
+            guard that is to act under an engine that shards (but FSDP2), or to roll back where
+            accelerate ends accumulations with the loader.
         OSError: out_dir cannot be written to.
     Cost:
         That of `foreshock.Monitor`.
@@ -83,6 +84,10 @@ def watch(
     if why is not None:
         _log.warning("%s; telemetry has no more than that", why)
     _check_accumulation(accelerator, guard)
+    # Of what the ranks do not hold alike they cannot speak to each other.
+    is_alone = why is not None and not _is_distributed(model)
+    if is_alone and accelerator.process_index:
+        out_dir = Path(out_dir) / f"rank_{accelerator.process_index:05d}"
     known: dict[str, Stateful] = {"accumulation": AccumulationCount(accelerator)}
     if isinstance(accelerator.scaler, torch.amp.GradScaler):
         known["scaler"] = accelerator.scaler
@@ -92,7 +97,7 @@ def watch(
         out_dir,
         guard,
         state={**known, **(state or {})},
-        **{"process_group": _ranks_of(accelerator), **settings},
+        **{"process_group": None if is_alone else _ranks_of(accelerator), **settings},
     )
     let_scaler_step_through_the_gate(optimizer)
     return monitor
@@ -111,12 +116,15 @@ def why_unguarded(engine: str, model: torch.nn.Module) -> str | None:
         engine: value of an `accelerate.DistributedType`.
         model: whose parameters may be distributed by somebody else.
     """
-    distributed: Any = sys.modules.get("torch.distributed.tensor")
-    if distributed is not None and any(
-        isinstance(p, distributed.DTensor) for p in model.parameters()
-    ):
-        return f"parameters are distributed ({engine}): {_UNGUARDED['FSDP']}"
+    if _is_distributed(model):
+        if engine == "FSDP":
+            return None  # its second version, whose ranks decide together
+        return f"parameters are distributed ({engine}), and not by accelerate's FSDP"
     return f"under {engine} {_UNGUARDED[engine]}" if engine in _UNGUARDED else None
+
+
+def _is_distributed(model: torch.nn.Module) -> bool:
+    return any(map(is_distributed, model.parameters()))
 
 
 def _check_accumulation(accelerator: Accelerator, guard: Guard) -> None:

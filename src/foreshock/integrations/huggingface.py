@@ -62,7 +62,7 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]
         more: the other settings of `foreshock.Monitor`.
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is accepted; when
-            training begins also a guard that is enabled under an engine that shards.
+            training begins also a guard that is enabled under an engine that shards (but FSDP2).
         OSError: out_dir cannot be written to; when training begins.
     Cost:
         That of `foreshock.Monitor`.
