@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from pathlib import Path
@@ -29,9 +30,11 @@ from tests.ranks.training import (
     counted,
     gathered,
     make_run,
+    number_of_data,
     parameter,
     ranks,
     train,
+    train_step,
 )
 
 
@@ -194,6 +197,27 @@ def check_gradient_accumulation_and_late_verdicts_agree(out: Path) -> None:
             assert all(
                 math.isfinite(float(local_part(p).detach().sum())) for p in run.model.parameters()
             )
+
+
+@ranks(2)
+def check_an_accumulation_outside_of_a_loop_is_judged_by_what_came_last(out: Path) -> None:
+    for kind, parts, judges in itertools.product(("ddp", "fsdp2"), (1, 2, 3), ("first", "last")):
+        how = How(accumulation=parts, judges=judges, clips="none")
+        last_of = {update: parts * (update + 1) - 1 for update in (0, 2)}  # the first, a later one
+        for update, step in last_of.items():
+            folder = out / f"{kind} {parts} {judges} {update}"
+            run = make_run(kind, folder, how)
+            strike = Strike(step, 1, nan_in_gradient, "backward")
+            guard = fs.Guard(mode="skip")
+            batches = list(Batches(number_of_data(kind), 4 * parts))
+            with fs.Monitor(run.model, run.optimizer, folder, guard) as monitor:
+                for i, (x, y) in enumerate(batches):
+                    train_step(run, monitor, i, x, y, (strike,), how)
+            assert monitor.finalize()["guard"]["skipped_steps"] == 1, folder
+            assert_same_on_all_ranks([seen(v) for v in run.verdicts])
+            assert all(
+                bool(local_part(p).detach().isfinite().all()) for p in run.model.parameters()
+            ), folder
 
 
 def check_no_schedule_hangs(out: Path) -> None:

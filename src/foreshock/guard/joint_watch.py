@@ -73,6 +73,10 @@ class JointWatch(Watch):
         self._ranks = ranks
         self._heard: tuple[object, Share] | None = None
         """What all ranks together have found, and the step that it was in."""
+        self._is_heard_anew = False
+        """Whether that was after the step's verdict."""
+        self._accumulates = False
+        """Whether a step outside of any loop has ended without an update."""
         self._expected_loss: float | None = None
         self._is_loss_bad = False
         self._is_unstable_here = self._asks_for_snapshot = self._asks_for_lower_rate = False
@@ -157,6 +161,7 @@ class JointWatch(Watch):
             raise RankFailed(f"step {self.step}: another rank has failed, and says why")
         self._is_unstable_here = self._asks_for_snapshot = self._asks_for_lower_rate = False
         self._heard = self._current, heard
+        self._is_heard_anew = self._current.verdict is not None
         self._do_what_was_asked(heard)
         return heard
 
@@ -308,13 +313,36 @@ class JointWatch(Watch):
         if verdict is None and heard.changed_state:
             self._decide(Signs(has_changed_state=True))
             return False
-        is_good = verdict is None or verdict.action is Action.CONTINUE
-        return is_good and not _finding_of(heard).has_nonfinite
+        if verdict is not None and verdict.action is not Action.CONTINUE:
+            return False
+        is_finite = not _finding_of(heard).has_nonfinite
+        if not is_finite and verdict is not None:
+            self._judge(None)  # the gradients have changed since the verdict
+        return is_finite
 
     def _heard_before_update(self) -> Share:
         if self.history.source is None and self._current.is_over:
             self.finish_step()  # nobody has asked for a verdict on the last one
+        if self._may_have_changed:
+            return self._exchange(None, is_new=True)
         return self._heard_in_this_step() or self._exchange(None)
+
+    @property
+    def _may_have_changed(self) -> bool:
+        """Whether there may have been a backward since the verdict.
+
+        Outside of a loop, where gradients are accumulated and verdicts asked for after the update,
+        the last one is on an earlier part of the accumulation. What only this rank could see of
+        that may not decide whether the ranks speak.
+        """
+        now = self._current
+        is_outside = self.history.source is None
+        is_of_before = now.verdict is not None and not self._is_heard_anew
+        return is_outside and is_of_before and (self._accumulates or not self._has_been_stepped)
+
+    def finish_step(self) -> None:
+        self._accumulates |= self.history.source is None and not self._current.is_over
+        super().finish_step()
 
     @property
     def scalers(self) -> list[torch.amp.GradScaler]:
