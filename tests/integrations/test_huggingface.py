@@ -192,3 +192,24 @@ def test_sinks_are_given_what_telemetry_is_given(tmp_path: Path) -> None:
     trainer(tmp_path, callback, max_steps=6).train()
     assert kept.steps == [0, 5, -1]
     assert callback.summary["sinks"]["Kept"] == {"written": 2, "dropped": 0, "error": None}
+
+
+class _Ticks:
+    """Counts; and what the rollback has put back."""
+
+    def __init__(self) -> None:
+        self.loaded: list[int] = []
+
+    def state_dict(self) -> dict[str, int]:
+        return {"ticks": 7}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.loaded.append(state["ticks"])
+
+
+def test_state_of_the_users_own_goes_back_with_the_rest(tmp_path: Path) -> None:
+    ticks = _Ticks()
+    callback = monitor_callback(tmp_path, guard_enabled=True, state={"ticks": ticks})
+    trainer(tmp_path, callback, strikes={50: strike_weight}).train()
+    assert ticks.loaded
+    assert set(ticks.loaded) == {7}

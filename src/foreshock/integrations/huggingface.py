@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import (
@@ -18,15 +16,16 @@ from transformers import (
     TrainingArguments,
 )
 
-from foreshock.guard import Guard, Verdict
+from foreshock.guard import Verdict
 from foreshock.integrations.accelerate import let_scaler_step_through_the_gate, watch
+from foreshock.integrations.callback import WatchingCallback
 from foreshock.integrations.wrapped_calls import WrappedCalls
 from foreshock.monitor import Monitor
 
 _log = logging.getLogger("foreshock")
 
 
-class MonitorCallback(TrainerCallback):  # type: ignore[misc]
+class MonitorCallback(WatchingCallback["_Attached"], TrainerCallback):  # type: ignore[misc]
     """Watches, and if it is told to guards, the training of a `transformers.Trainer`.
 
     >>> trainer = Trainer(model, args, callbacks=[MonitorCallback(out_dir="runs/x")], ...)
@@ -68,47 +67,6 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]
         That of `foreshock.Monitor`.
     """
 
-    def __init__(
-        self,
-        out_dir: str | os.PathLike[str],
-        *,
-        guard_enabled: bool = False,
-        guard_snapshot_interval: int = 100,
-        guard_violation_threshold: float = 1e6,
-        guard_max_rollbacks: int = 3,
-        guard_lr_backoff: float = 0.5,
-        spectral_enabled: bool = True,
-        spectral_interval: int = 50,
-        telemetry_interval: int = 10,
-        parameters: Literal["trainable", "all"] = "trainable",
-        guard: dict[str, Any] | None = None,
-        **more: Any,
-    ) -> None:
-        self._out_dir = Path(out_dir)
-        self._guard = Guard(
-            mode="recover" if guard_enabled else "observe",
-            snapshot_interval=guard_snapshot_interval,
-            violation_threshold=guard_violation_threshold,
-            max_rollbacks=guard_max_rollbacks,
-            lr_backoff=guard_lr_backoff,
-            **(guard or {}),
-        )
-        self._settings = {
-            "spectral_enabled": spectral_enabled,
-            "spectral_interval": spectral_interval,
-            "telemetry_interval": telemetry_interval,
-            "parameters": parameters,
-            **more,
-        }
-        self._attached: _Attached | None = None
-        self.summary: dict[str, Any] | None = None
-        """What `Monitor.finalize` has said of the last training."""
-
-    @property
-    def monitor(self) -> Monitor | None:
-        """That of the training which is under way."""
-        return None if self._attached is None else self._attached.monitor
-
     def on_train_begin(
         self,
         args: TrainingArguments,
@@ -135,7 +93,7 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]
             trainer.optimizer,
             self._out_dir,
             self._guard,
-            state={"scheduler": trainer.lr_scheduler},
+            state={"scheduler": trainer.lr_scheduler, **self._state},
             first_step=trainer.state.global_step,
             **self._settings,
         )
@@ -171,11 +129,6 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Stops watching, and writes the summary."""
         self._detach()
-
-    def _detach(self) -> None:
-        attached, self._attached = self._attached, None
-        if attached is not None:
-            self.summary = attached.close()
 
 
 class _Attached:

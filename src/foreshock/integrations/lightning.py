@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 import logging
-import os
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from foreshock.guard import Guard, Stateful, Verdict
+from foreshock.guard import Stateful, Verdict
+from foreshock.integrations.callback import WatchingCallback
 from foreshock.integrations.wrapped_calls import WrappedCalls
 from foreshock.monitor import Monitor
 
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("foreshock")
 
 
-class MonitorCallback(Callback):  # type: ignore[misc]
+class MonitorCallback(WatchingCallback["_Attached"], Callback):  # type: ignore[misc]
     """Watches, and if it is told to guards, the training of a Lightning `Trainer`.
 
     >>> trainer = Trainer(callbacks=[MonitorCallback(out_dir="runs/x")], ...)
@@ -61,48 +60,6 @@ class MonitorCallback(Callback):  # type: ignore[misc]
     Cost:
         That of `foreshock.Monitor`.
     """
-
-    def __init__(
-        self,
-        out_dir: str | os.PathLike[str],
-        *,
-        guard_enabled: bool = False,
-        guard_snapshot_interval: int = 100,
-        guard_violation_threshold: float = 1e6,
-        guard_max_rollbacks: int = 3,
-        guard_lr_backoff: float = 0.5,
-        spectral_enabled: bool = True,
-        spectral_interval: int = 50,
-        telemetry_interval: int = 10,
-        parameters: Literal["trainable", "all"] = "trainable",
-        guard: dict[str, Any] | None = None,
-        **more: Any,
-    ) -> None:
-        self._out_dir = Path(out_dir)
-        self._guard = Guard(
-            mode="recover" if guard_enabled else "observe",
-            snapshot_interval=guard_snapshot_interval,
-            violation_threshold=guard_violation_threshold,
-            max_rollbacks=guard_max_rollbacks,
-            lr_backoff=guard_lr_backoff,
-            **(guard or {}),
-        )
-        self._state: dict[str, Stateful] = more.pop("state", {})
-        self._settings = {
-            "spectral_enabled": spectral_enabled,
-            "spectral_interval": spectral_interval,
-            "telemetry_interval": telemetry_interval,
-            "parameters": parameters,
-            **more,
-        }
-        self._attached: _Attached | None = None
-        self.summary: dict[str, Any] | None = None
-        """What `Monitor.finalize` has said of the last training."""
-
-    @property
-    def monitor(self) -> Monitor | None:
-        """That of the training which is under way."""
-        return None if self._attached is None else self._attached.monitor
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts watching; a checkpoint has been loaded by now."""
@@ -157,11 +114,6 @@ class MonitorCallback(Callback):  # type: ignore[misc]
     ) -> None:
         """Stops watching, and writes the summary."""
         self._detach()
-
-    def _detach(self) -> None:
-        attached, self._attached = self._attached, None
-        if attached is not None:
-            self.summary = attached.close()
 
 
 class _Attached:
