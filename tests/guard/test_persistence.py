@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from foreshock.guard import SnapshotDropped, SnapshotNotSaved, SnapshotSaved
-from foreshock.guard.persistence import Saver, SnapshotFolder, find_newest
-from foreshock.guard.snapshot_file import DamagedFile
+from foreshock.guard import SnapshotNotSaved, SnapshotSaved
+from foreshock.guard.parts import SnapshotFolder
+from foreshock.guard.persistence import Saver
 from foreshock.guard.snapshots import Snapshot, checksum
 
 
@@ -113,37 +113,3 @@ def test_closing_waits_for_what_is_still_to_be_written(folder: SnapshotFolder) -
     assert saver.close()
     assert folder.steps() == [3]
     assert Saver(folder, 1).close()  # that had nothing to do
-
-
-# ---- finding
-
-
-def test_the_newest_that_is_whole_is_found_and_the_others_told_of(folder: SnapshotFolder) -> None:
-    saver = Saver(folder, 9)
-    save_all(saver, 0, 10, 20)
-    saver.close()
-    folder.file(20).write_bytes(b"not much")
-    told: list[SnapshotDropped] = []
-    found = find_newest(folder.path, told.append)
-    assert found is not None
-    path, snapshot = found
-    assert (path, snapshot.step) == (folder.file(10), 10)
-    assert snapshot.saved["parameters"]["w"][0] == 10
-    assert [event.step for event in told] == [20]
-    assert str(folder.file(20)) in told[0].why
-
-
-def test_there_may_be_none(folder: SnapshotFolder) -> None:
-    assert find_newest(folder.path, print) is None
-    folder.path.mkdir()
-    assert find_newest(folder.path, print) is None
-
-
-def test_a_file_that_was_asked_for_by_name_is_not_passed_over(folder: SnapshotFolder) -> None:
-    saver = Saver(folder, 9)
-    save_all(saver, 0, 10)
-    saver.close()
-    assert find_newest(folder.file(0), print)[1].step == 0  # type: ignore[index]
-    folder.file(10).write_bytes(b"")
-    with pytest.raises(DamagedFile):
-        find_newest(folder.file(10), print)

@@ -20,7 +20,7 @@ import torch
 
 import foreshock as fs
 from foreshock.guard import snapshot_file
-from foreshock.guard.persistence import SnapshotFolder
+from foreshock.guard.parts import SnapshotFolder
 from tests.monitor import training as t
 
 EPOCHS = 12

@@ -26,7 +26,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 import foreshock as fs
 from foreshock import monitor as monitor_module
 from foreshock.guard import LaggingWatch
-from foreshock.guard.persistence import Saver, SnapshotFolder
+from foreshock.guard.parts import SnapshotFolder
+from foreshock.guard.persistence import Saver
 from foreshock.guard.snapshots import Snapshot
 from foreshock.records import read_summary, verify
 from tests.monitor import training as t

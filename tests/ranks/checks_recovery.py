@@ -15,8 +15,7 @@ from torch import nn
 import foreshock as fs
 from foreshock.distributed_part import local_part
 from foreshock.guard import snapshot_file
-from foreshock.guard.joint_history import folder_of
-from foreshock.guard.persistence import SnapshotFolder
+from foreshock.guard.parts import SnapshotFolder, folder_of
 from tests.monitor.training import flip_exponent
 from tests.ranks.training import (
     KINDS,

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from tests.ranks import (
     checks_clipping,
     checks_costs,
+    checks_elastic,
     checks_pace,
     checks_recovery,
     checks_spectra,
@@ -28,6 +29,7 @@ MODULES = (
     checks_recovery,
     checks_spectra,
     checks_costs,
+    checks_elastic,
     checks_pace,
 )
 

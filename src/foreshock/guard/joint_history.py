@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
 
 from foreshock.guard.configuration import Guard
 from foreshock.guard.consensus import Consensus
 from foreshock.guard.events import Event, SnapshotDropped
+from foreshock.guard.finding import NO_STEP, newest_of_all
 from foreshock.guard.history import History
-from foreshock.guard.persistence import Saver, SnapshotFolder, find_newest
+from foreshock.guard.persistence import Saver
 from foreshock.guard.snapshots import Snapshot
 from foreshock.guard.state import Stateful
-
-_NONE = -1
-
-
-def folder_of(path: Path, rank: int) -> Path:
-    """Where a rank keeps its parts of the snapshots."""
-    return path / f"rank_{rank:05d}"
 
 
 class JointHistory(History):
@@ -48,17 +41,23 @@ class JointHistory(History):
         only_trainable: bool = False,
     ) -> None:
         super().__init__(
-            model, optimizer, state, guard, self._tell, run, only_trainable=only_trainable
+            model,
+            optimizer,
+            state,
+            guard,
+            self._tell,
+            run,
+            only_trainable=only_trainable,
+            ranks=ranks,
         )
-        self._ranks = ranks
         self._tell_of = told
         self._sharded = [m for m in model.modules() if hasattr(m, "reshard")]
         self._has_lost = self._is_agreeing = False
         self._given: int | None = None
-        self.last_tried = _NONE
+        self.last_tried = NO_STEP
         """The last step of which a snapshot was taken, or would have been."""
         if self._saver is not None:
-            self._saver.removes_before = _NONE
+            self._saver.removes_before = NO_STEP
 
     def _tell(self, event: Event) -> None:
         if self._is_agreeing and self._ranks.rank:
@@ -81,7 +80,7 @@ class JointHistory(History):
         super().return_to(snapshot, fetched_since)
         self._given = None
         if self._saver is not None:
-            self._saver.removes_before = _NONE
+            self._saver.removes_before = NO_STEP
 
     @property
     def has_unsaved(self) -> bool:
@@ -108,8 +107,8 @@ class JointHistory(History):
         """
         steps = sorted(kept.step for kept in self.ring.entries)
         complete = []
-        bound = steps[-1] if steps else _NONE
-        while (step := self._newest_of_all(steps, bound)) != _NONE:
+        bound = steps[-1] if steps else NO_STEP
+        while (step := newest_of_all(self._ranks, steps, bound)) != NO_STEP:
             complete.append(step)
             bound = step - 1
         self._is_agreeing = True
@@ -120,51 +119,7 @@ class JointHistory(History):
         bound = step - self._guard.min_depth
         while True:
             mine = self.ring.newest_good(bound)
-            low, high = self._ranks.bounds(_NONE if mine is None else mine.step)
+            low, high = self._ranks.bounds(NO_STEP if mine is None else mine.step)
             if low == high:
                 return mine
-            bound = low
-
-    def find_saved(self, where: Path) -> tuple[Path, Snapshot] | None:
-        """The newest snapshot of which all ranks find their part, in a directory of each.
-
-        Raises:
-            ValueError: it was another number of ranks that has left them.
-        """
-        own = SnapshotFolder(folder_of(where, self._ranks.rank))
-        steps = own.steps()
-        self._refuse_other_ranks(where, has_some=bool(steps))
-        bound = steps[-1] if steps else _NONE
-        while (step := self._newest_of_all(steps, bound)) != _NONE:
-            found = self._find_part(own.file(step))
-            if self._ranks.bounds(0 if found is None else 1)[0]:
-                return found
-            bound = step - 1
-        return None
-
-    def _refuse_other_ranks(self, where: Path, *, has_some: bool) -> None:
-        size = self._ranks.size
-        low, high = self._ranks.bounds(int(has_some))
-        are_all, _ = self._ranks.bounds(int(not folder_of(where, size).exists()))
-        if low != high or not are_all:
-            raise ValueError(
-                f"the snapshots in {str(where)!r} are not those of {size} ranks; accepted: as many "
-                "ranks as have taken them, each of which finds its own"
-            )
-
-    def _find_part(self, file: Path) -> tuple[Path, Snapshot] | None:
-        try:
-            return find_newest(file, self._told)
-        except (ValueError, OSError) as error:
-            step = int(file.stem.removeprefix("step_"))
-            self._told(SnapshotDropped(step, f"{file}: {error}"))
-            return None
-
-    def _newest_of_all(self, steps: list[int], bound: int) -> int:
-        """The newest step up to this one that every rank has among its own; -1: there is none."""
-        while True:
-            mine = max((step for step in steps if step <= bound), default=_NONE)
-            low, high = self._ranks.bounds(mine)
-            if low == high:
-                return low
             bound = low

@@ -25,7 +25,7 @@ from foreshock.guard.events import (
 )
 from foreshock.guard.history import History
 from foreshock.guard.inspection import Finding
-from foreshock.guard.joint_history import JointHistory, folder_of
+from foreshock.guard.joint_history import JointHistory
 from foreshock.guard.pace import Pace
 from foreshock.guard.policy import Signs
 from foreshock.guard.split_gradients import add_up_partial, shares_of
@@ -76,8 +76,9 @@ class JointWatch(Watch):
         self._expected_loss: float | None = None
         self._is_loss_bad = False
         self._is_unstable_here = self._asks_for_snapshot = self._asks_for_lower_rate = False
-        of_rank = _for_rank(guard, ranks.rank)
-        super().__init__(model, optimizer, state, of_rank, record, only_trainable=only_trainable)
+        # No snapshot is trusted that another rank may have lost.
+        guard = guard.model_copy(update={"clean_steps": max(1, guard.clean_steps)})
+        super().__init__(model, optimizer, state, guard, record, only_trainable=only_trainable)
         named = named_parameters(model, optimizer)
         ranks.require_same("model", [(name, tuple(p.shape)) for name, p in named.items()])
         ranks.require_same("guard", guard.model_dump(mode="json", exclude={"persist_dir"}))
@@ -324,11 +325,3 @@ class JointWatch(Watch):
 
 def _finding_of(heard: Share) -> Finding:
     return Finding(int(heard.gradient_nan), int(heard.gradient_inf), heard.gradient_sumsq)
-
-
-def _for_rank(guard: Guard, rank: int) -> Guard:
-    """A guard that keeps this rank's files, and trusts no snapshot that others may have lost."""
-    own: dict[str, Any] = {"clean_steps": max(1, guard.clean_steps)}
-    if guard.persist_dir is not None:
-        own["persist_dir"] = folder_of(guard.persist_dir, rank)
-    return guard.model_copy(update=own)

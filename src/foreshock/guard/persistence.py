@@ -1,88 +1,18 @@
-"""Snapshots on disk: written by a thread beside the training, found by a later process."""
+"""Snapshots on their way to disk: written by a thread beside the training."""
 
 from __future__ import annotations
 
 import contextlib
-import re
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-from foreshock.guard import snapshot_file
 from foreshock.guard.containers import copy_out
-from foreshock.guard.events import SnapshotDropped, SnapshotNotSaved, SnapshotSaved
-from foreshock.guard.snapshot_file import Content, DamagedFile
+from foreshock.guard.events import SnapshotNotSaved, SnapshotSaved
+from foreshock.guard.parts import SnapshotFolder
+from foreshock.guard.snapshot_file import Content
 from foreshock.guard.snapshots import Snapshot, checksum
 
-SaveEvent = SnapshotSaved | SnapshotNotSaved | SnapshotDropped
-
-_NAME = re.compile(r"step_(\d{9,})\.safetensors")
-_LEFTOVER = ".step_*.safetensors.*.tmp"
-
-
-class SnapshotFolder:
-    """The snapshots of one run, a file each.
-
-    Args:
-        path: a directory; made when the first is written.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def steps(self) -> list[int]:
-        """Steps of the snapshots in it, oldest first."""
-        found = (_NAME.fullmatch(name) for name in _names_in(self.path))
-        return sorted(int(name[1]) for name in found if name is not None)
-
-    def file(self, step: int) -> Path:
-        """Where the snapshot of a step is."""
-        return self.path / f"step_{step:09d}.safetensors"
-
-    def write(self, content: Content) -> int:
-        """Writes a snapshot; see `snapshot_file.write`."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        return snapshot_file.write(self.file(content.step), content)
-
-    def keep(self, depth: int, before: int | None = None) -> None:
-        """Removes all but the newest, none of this step or a later one."""
-        for step in self.steps()[:-depth]:
-            if before is None or step < before:
-                self.file(step).unlink(missing_ok=True)
-
-    def forget_after(self, step: int) -> None:
-        """Removes those of later steps, which a rollback has made untrue."""
-        for later in self.steps():
-            if later > step:
-                self.file(later).unlink(missing_ok=True)
-
-    def set_aside_after(self, step: int) -> None:
-        """Renames those of later steps, which could not be used."""
-        for later in self.steps():
-            if later > step:
-                self.file(later).rename(self.file(later).with_suffix(".damaged"))
-
-    def clear_leftovers(self) -> None:
-        """Removes what writers that were killed have left behind."""
-        for leftover in self.path.glob(_LEFTOVER):
-            leftover.unlink(missing_ok=True)
-
-    def newest_first(self) -> Iterator[tuple[Path, Content | DamagedFile | OSError]]:
-        """The snapshots, or why one cannot be used."""
-        for step in reversed(self.steps()):
-            path = self.file(step)
-            try:
-                yield path, snapshot_file.read(path)
-            except (DamagedFile, OSError) as error:
-                yield path, error
-
-
-def _names_in(path: Path) -> list[str]:
-    try:
-        return [entry.name for entry in path.iterdir()]
-    except FileNotFoundError:
-        return []
+SaveEvent = SnapshotSaved | SnapshotNotSaved
 
 
 class Saver:
@@ -207,7 +137,8 @@ class Saver:
 
 def content_of(snapshot: Snapshot) -> Content:
     """What is written of a snapshot."""
-    return Content(snapshot.step, {"saved": snapshot.saved, "place": snapshot.place})
+    tree = {"saved": snapshot.saved, "place": snapshot.place}
+    return Content(snapshot.step, tree, chunks=snapshot.chunks)
 
 
 def snapshot_in(content: Content) -> Snapshot:
@@ -218,31 +149,3 @@ def snapshot_in(content: Content) -> Snapshot:
     """
     saved: dict[str, Any] = dict(content.tree["saved"])
     return Snapshot(content.step, saved, place=copy_out(content.tree["place"]))
-
-
-def find_newest(
-    where: Path, refused: Callable[[SnapshotDropped], None]
-) -> tuple[Path, Snapshot] | None:
-    """The newest snapshot that is complete and unchanged, in a directory or of a file.
-
-    Args:
-        where: a directory, or one snapshot's file.
-        refused: told of each that cannot be used.
-    Returns:
-        Its file, and what is in it; None if the directory has none, or is not there.
-    Raises:
-        DamagedFile, OSError: the file that was asked for cannot be used.
-        ValueError: there are snapshots in the directory, and none of them can be used.
-    """
-    if where.is_file():
-        return where, snapshot_in(snapshot_file.read(where))
-    folder = SnapshotFolder(where)
-    count = 0
-    for path, found in folder.newest_first():
-        count += 1
-        if isinstance(found, Content):
-            return path, snapshot_in(found)
-        refused(SnapshotDropped(int(path.stem.removeprefix("step_")), f"{path}: {found}"))
-    if count:
-        raise ValueError(f"none of the {count} snapshots in {str(where)!r} can be used")
-    return None

@@ -1,0 +1,186 @@
+"""Which snapshot on disk a run is taken up from: the newest that all ranks can use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from foreshock.guard import snapshot_file
+from foreshock.guard.events import SnapshotDropped
+from foreshock.guard.parts import (
+    Parts,
+    SnapshotFolder,
+    all_steps_in,
+    file_in,
+    find_parts,
+    folder_of,
+)
+from foreshock.guard.persistence import snapshot_in
+from foreshock.guard.resharding import Layout, assemble
+from foreshock.guard.snapshot_file import Content, DamagedFile
+from foreshock.guard.snapshots import Snapshot
+
+NO_STEP = -1
+_DAMAGED, _OTHER, _OWN = -1, 0, 1
+"""What a rank has of a snapshot: a part that it cannot read, one that is of no use as it is or
+none, one that it can take as it is."""
+
+Found = tuple[Path, Content]
+
+
+class Ranks(Protocol):
+    """What those who look for a snapshot together have to know of each other."""
+
+    rank: int
+    size: int
+
+    def bounds(self, value: int) -> tuple[int, int]:
+        """The smallest and the largest of the ranks' numbers."""
+        ...
+
+
+class Alone:
+    """One rank."""
+
+    rank, size = 0, 1
+
+    def bounds(self, value: int) -> tuple[int, int]:
+        """Twice the number."""
+        return value, value
+
+
+def newest_of_all(ranks: Ranks, steps: Sequence[int], bound: int) -> int:
+    """The newest step up to this one that every rank has among its own; -1: there is none."""
+    while True:
+        mine = max((step for step in steps if step <= bound), default=NO_STEP)
+        low, high = ranks.bounds(mine)
+        if low == high:
+            return low
+        bound = low
+
+
+class Search:
+    """For the newest snapshot whose parts are all there and unchanged.
+
+    If it was taken by as many ranks, split in the same way, each reads and checks its own part, and
+    needs to see no other. Else each makes its own from the parts of all, which must be in a
+    directory that all of them see; the parts are checked by the ranks in turn.
+
+    No rank decides by itself: all go through the same snapshots at the same time.
+
+    Args:
+        where: a directory of snapshots.
+        ranks: that look.
+        layout: of what belongs on this one.
+        told: of each snapshot that cannot be used, by one of those who know why.
+    """
+
+    def __init__(
+        self, where: Path, ranks: Ranks, layout: Layout, told: Callable[[SnapshotDropped], None]
+    ) -> None:
+        self._where = where
+        self._ranks = ranks
+        self._layout = layout
+        self._told = told
+        self._own = SnapshotFolder(where, ranks.rank, ranks.size)
+
+    def newest(self) -> tuple[Path, Snapshot] | None:
+        """Its file, and what belongs here; None if there are no snapshots at all.
+
+        Raises:
+            ValueError: none of those that there are can be used; or one can, but not with this
+                model and state.
+        """
+        steps = self._steps()
+        step = newest_of_all(self._ranks, steps, steps[-1] if steps else NO_STEP)
+        while step != NO_STEP:
+            found = self._find(step)
+            if found is not None:
+                return found[0], snapshot_in(found[1])
+            step = newest_of_all(self._ranks, steps, step - 1)
+        most = self._ranks.bounds(len(steps))[1]
+        if most:
+            raise ValueError(
+                f"none of the {most} snapshots in {str(self._where)!r} can be used; accepted: "
+                "one of which all parts are there and unchanged"
+            )
+        return None
+
+    def _steps(self) -> list[int]:
+        try:
+            return all_steps_in(self._where)
+        except OSError as error:
+            self._tell(NO_STEP, f"{self._where}: {error}")
+            return []
+
+    def _find(self, step: int) -> Found | None:
+        standing = self._standing(step)
+        least = self._ranks.bounds(standing)[0]
+        if least == _DAMAGED:
+            return None
+        found = self._read_own(step) if least == _OWN else self._assemble(step)
+        return found if self._are_all(found is not None) else None
+
+    def _are_all(self, is_so: bool) -> bool:
+        return self._ranks.bounds(int(is_so))[0] == 1
+
+    def _standing(self, step: int) -> int:
+        file = self._own.file(step)
+        if not file.exists():
+            return _OTHER
+        try:
+            header = snapshot_file.read_header(file)
+        except (DamagedFile, OSError) as error:
+            self._tell(step, f"{file}: {error}")
+            return _DAMAGED
+        is_of_as_many = header.ranks == self._ranks.size
+        if header.ranks is None:  # it does not say
+            one_more = folder_of(self._where, self._ranks.size)
+            is_of_as_many = self._ranks.size == 1 or not file_in(one_more, step).exists()
+        return _OWN if is_of_as_many and self._layout.is_that_of(header) else _OTHER
+
+    def _read_own(self, step: int) -> Found | None:
+        file = self._own.file(step)
+        try:
+            return file, snapshot_file.read(file)
+        except (DamagedFile, OSError) as error:
+            self._tell(step, f"{file}: {error}")
+            return None
+
+    def _assemble(self, step: int) -> Found | None:
+        parts: Parts | None = None
+        try:
+            parts = find_parts(self._where, step)
+        except (DamagedFile, OSError) as error:
+            if self._ranks.rank == 0:  # it is the same that all of them see
+                self._tell(step, str(error))
+        if not self._are_all(parts is not None) or parts is None:
+            return None
+        is_whole = self._has_checked(parts)
+        if not self._are_all(is_whole):
+            return None
+        found: Found | None = None
+        refused: ValueError | None = None
+        try:
+            found = assemble(parts, self._ranks.rank, self._layout)
+        except (DamagedFile, OSError) as error:
+            self._tell(step, str(error))
+        except ValueError as error:
+            refused = error
+        if not self._are_all(refused is None):
+            raise refused or ValueError(
+                f"the snapshot of step {step} cannot be taken up by another rank, which says why"
+            )
+        return found
+
+    def _has_checked(self, parts: Parts) -> bool:
+        try:
+            parts.check(range(self._ranks.rank, parts.ranks, self._ranks.size))
+        except DamagedFile as error:
+            self._tell(parts.step, str(error))
+            return False
+        return True
+
+    def _tell(self, step: int, why: str) -> None:
+        self._told(SnapshotDropped(step, why))
