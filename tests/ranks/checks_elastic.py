@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -21,9 +23,10 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 import foreshock as fs
-from foreshock.distributed_part import whole
+from foreshock.distributed_part import local_part, whole
+from foreshock.guard import snapshot_file
 from foreshock.guard.containers import tensors_in
-from foreshock.guard.parts import all_steps_in
+from foreshock.guard.parts import all_steps_in, folder_of
 from foreshock.guard.state import bare
 from foreshock.records import read_telemetry
 from tests.ranks.training import Batches, gathered, ranks
@@ -89,6 +92,7 @@ class Run:
             process_group=None if size == 1 else groups()[size],
             rank_records=size > 1,
         )
+        self.no_sync: Any = getattr(self.model, "no_sync", contextlib.nullcontext)
         self.states: dict[int, State] = {}
         self.verdicts: list[fs.Verdict] = []
 
@@ -101,10 +105,14 @@ class Run:
                 break
             if step % accumulation == 0:
                 self.optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(self.model(x), y)
-            loss.backward()
+            is_end = (step + 1) % accumulation == 0
+            # DistributedDataParallel only: each rank then adds up its own gradients.
+            alone = contextlib.nullcontext if is_end else self.no_sync
+            with alone():
+                loss = nn.functional.cross_entropy(self.model(x), y)
+                loss.backward()
             self.verdicts.append(self.monitor.step(loss))
-            if (step + 1) % accumulation == 0:
+            if is_end:
                 self.optimizer.step()
                 self.scheduler.step()
             self.monitor._watch.history._saver.wait()  # so that every snapshot is written
@@ -164,7 +172,14 @@ def taken_by(
         run = Run(kind, size, out / "first", out / "kept", **guard)
         run.train(to, accumulation)
         states = run.states
-    return gathered(states)[0]
+    found = gathered(states)[:size]
+    for step, state in found[0].items():
+        for path, tensor in state["tensors"].items():
+            of_all = [of_rank[step]["tensors"][path] for of_rank in found]
+            if not all(torch.equal(tensor, other) for other in of_all):
+                assert path.startswith("gradients"), path  # that each rank adds up by itself
+                state["tensors"][path] = sum(of_all) / size
+    return found[0]
 
 
 def events(out: Path, name: str) -> list[dict[str, Any]]:
@@ -208,3 +223,107 @@ def check_another_number_of_ranks_takes_up_the_same_bits_and_goes_on(out: Path) 
         assert all_steps_in(where / "kept") == [10, 12], where.name
         folders = {p.name for p in (where / "kept").glob("rank_*")}
         assert folders == {f"rank_{rank:05d}" for rank in range(new) if new > 1}, where.name
+
+
+@ranks(4)
+def check_a_part_that_is_damaged_or_missing_sends_all_to_the_older_snapshot(out: Path) -> None:
+    for fault in ("damaged", "cut", "missing"):
+        where = out / fault
+        states = taken_by("fsdp2", 4, where)
+        bad = folder_of(where / "kept", 3) / "step_000000006.safetensors"
+        if dist.get_rank() == 0:
+            spoil(bad, fault)
+        gathered(None)
+        if dist.get_rank() < 2:
+            run = Run("fsdp2", 2, where / "second", where / "kept")
+            assert run.monitor.resume() == 4
+            assert_same(run.state(), states[4])
+            run.monitor.finalize()
+        told = gathered(dropped_events(where / "second")) if dist.get_rank() < 2 else gathered([])
+        assert [e["step"] for of_rank in told for e in of_rank] == [6]
+        assert str(bad) in str(told)
+
+
+def spoil(file: Path, fault: str) -> None:
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    if fault == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(data if fault == "damaged" else data[:-100])
+
+
+def dropped_events(out: Path) -> list[dict[str, Any]]:
+    rank = dist.get_rank()
+    return events(out / f"rank_{rank:05d}" if rank else out, "snapshot_dropped")
+
+
+@ranks(4)
+def check_a_run_that_was_killed_while_it_wrote_leaves_a_snapshot_of_all_parts(out: Path) -> None:
+    """The four ranks' last one, until there is one of which both of the two have their part."""
+    states = taken_by("fsdp2", 4, out)
+    inner = snapshot_file.write
+
+    def write(path: Path, content: Any) -> int:
+        if dist.get_rank() == 1:
+            raise OSError("no space left")
+        return inner(path, content)
+
+    if dist.get_rank() < 2:
+        snapshot_file.write = write
+        try:
+            run = Run("fsdp2", 2, out / "second", out / "kept", depth=1)
+            assert run.monitor.resume() == 6
+            run.train(13)
+        finally:
+            snapshot_file.write = inner
+    gathered(None)
+    assert 12 in all_steps_in(out / "kept")
+    for size in (4, 1, 2):
+        if dist.get_rank() < size:
+            kind = "plain" if size == 1 else "fsdp2"
+            run = Run(kind, size, out / f"again {size}", out / "kept")
+            assert run.monitor.resume() == 6
+            assert_same(run.state(), states[6])
+            run.monitor.finalize()
+        gathered(None)
+        assert all_steps_in(out / "kept")[-1] == 6  # the others are set aside
+
+
+@ranks(4)
+def check_gradients_that_are_being_added_up_go_along(out: Path) -> None:
+    moves = (("fsdp2", 4, "fsdp2", 2), ("fsdp2", 2, "plain", 1), ("ddp", 2, "ddp", 4))
+    for before, old, after, new in moves:
+        where = out / f"{old} {new}"
+        states = taken_by(before, old, where, to=9, accumulation=4)
+        assert any(path.startswith("gradients") for path in states[6]["tensors"])
+        if dist.get_rank() < new:
+            run = Run(after, new, where / "second", where / "kept")
+            assert run.monitor.resume() == 6
+            assert_same(run.state(), states[6])
+            run.monitor.finalize()
+        gathered(None)
+
+
+@ranks(4)
+def check_what_cannot_be_split_anew_is_refused_by_name_on_all_ranks(out: Path) -> None:
+    def add_odd(run: Run) -> None:
+        """A state that is no moment: a number for each row, as Adafactor has."""
+        p = run.model.up.weight
+        run.optimizer.state[p]["row"] = local_part(p).detach().sum(1)
+
+    if dist.get_rank() < 2:
+        run = Run("fsdp2", 2, out / "first", out / "kept")
+        run.optimizer.register_step_post_hook(lambda *_: add_odd(run))
+        run.train(7)
+    gathered(None)
+    if dist.get_rank() < 4:
+        run = Run("fsdp2", 4, out / "second", out / "kept")
+        with pytest.raises(ValueError, match=r"optimizer\.state\.1\.row of shape .*accepted"):
+            run.monitor.resume()
+        run.monitor.finalize()
+    gathered(None)
+    if dist.get_rank() < 2:
+        run = Run("fsdp2", 2, out / "third", out / "kept")
+        assert run.monitor.resume() == 6  # as it was split, it is taken as it is
+        run.monitor.finalize()

@@ -161,12 +161,12 @@ class Search:
         if not self._are_all(is_whole):
             return None
         found: Found | None = None
-        refused: ValueError | None = None
+        refused: Exception | None = None
         try:
             found = assemble(parts, self._ranks.rank, self._layout)
         except (DamagedFile, OSError) as error:
             self._tell(step, str(error))
-        except ValueError as error:
+        except Exception as error:  # raised below, when the others have heard that it happened
             refused = error
         if not self._are_all(refused is None):
             raise refused or ValueError(

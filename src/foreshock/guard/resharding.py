@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from foreshock.distributed_part import Chunk, chunk_of, is_distributed
 from foreshock.guard import snapshot_file
 from foreshock.guard.containers import copy_with, tensors_in
 from foreshock.guard.parts import Parts
-from foreshock.guard.snapshot_file import Content, Header
+from foreshock.guard.snapshot_file import Box, Content, Header, read_boxes
 from foreshock.guard.state import GradientState, OptimizerState, Part, bare
 
 
@@ -141,7 +141,8 @@ def with_names_of(here: Mapping[str, Any], saved: dict[str, Any]) -> dict[str, A
 def assemble(parts: Parts, rank: int, layout: Layout) -> tuple[Path, Content]:
     """Makes the part of this rank from those of the ranks that took the snapshot.
 
-    What is split comes from all that have some of it. All else comes from the part of one of them,
+    What is split comes from all that have some of it. Gradients that the ranks were adding up each
+    for itself are their mean, as DistributedDataParallel would make it. All else comes from the part of one of them,
     in turn; but random generators of a rank that was not there draw other numbers than any other,
     unless all of the ranks were drawing the same.
 
@@ -169,11 +170,29 @@ def assemble(parts: Parts, rank: int, layout: Layout) -> tuple[Path, Content]:
 
         fill(parts, wanted)
     filled = {path: tensor for path, (_, tensor) in wanted.items()}
+    filled |= _mean_gradients(parts, content.tree["saved"], shapes)
     leaves = iter([filled.get(path, t) for path, t in tensors_in(content.tree["saved"])])
     saved = copy_with(content.tree["saved"], lambda _: next(leaves))
     if rank >= parts.ranks:
         saved["random"] = _fresh(saved["random"], parts, rank)
     return file, content._replace(tree={**content.tree, "saved": saved})
+
+
+def _mean_gradients(
+    parts: Parts, saved: Mapping[str, Any], split: Container[str]
+) -> dict[str, torch.Tensor]:
+    """Of gradients that each rank adds up by itself, before all of them take the mean."""
+    values = tensors_in(saved["gradients"]["values"], "gradients.values")
+    own = {path: t for path, t in values if path not in split and not t.is_sparse}
+    boxes = [Box(path, (0,) * t.dim(), tuple(t.shape)) for path, t in own.items()]
+    sums = {path: torch.zeros_like(t) for path, t in own.items()}
+    differ = set[str]()
+    for file in parts.files if boxes else ():
+        for path, other in zip(own, read_boxes(file, boxes), strict=True):
+            sums[path] += other
+            if not torch.equal(own[path], other):
+                differ.add(path)
+    return {path: sums[path] / parts.ranks for path in differ}
 
 
 def _chunk_here(
@@ -203,8 +222,8 @@ def _whole(shape: tuple[int, ...]) -> Chunk:
 
 def _fresh(saved: Mapping[str, Any], parts: Parts, rank: int) -> Mapping[str, Any]:
     """The generators of a rank that has none in the snapshot."""
-    box = snapshot_file.Box("random.torch", (0,), tuple(saved["torch"].shape))
-    states = [next(iter(snapshot_file.read_boxes(file, [box]))) for file in parts.files]
+    box = Box("random.torch", (0,), tuple(saved["torch"].shape))
+    states = [next(read_boxes(file, [box])) for file in parts.files]
     if len(states) > 1 and all(torch.equal(state, states[0]) for state in states):
         return saved
     seeds = (_seed(states[0], rank, kind) for kind in ("python", "numpy", "torch", "cuda"))
