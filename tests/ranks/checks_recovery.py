@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -222,17 +223,28 @@ def check_a_disk_that_fails_on_one_rank_leaves_the_others_parts_where_they_are(o
 
 
 @ranks(2)
-def check_snapshots_of_another_number_of_ranks_are_refused(out: Path) -> None:
+def check_parts_that_do_not_say_of_how_many_they_are_are_for_as_many_ranks_only(out: Path) -> None:
+    """As those that were written before parts did."""
     train("ddp", out / "one", persist_dir=out / "kept", snapshot_interval=2)
+    own = SnapshotFolder(out / "kept", dist.get_rank(), 2)
+    for step in own.steps():
+        content = snapshot_file.read(own.file(step))
+        snapshot_file.write(own.file(step), content._replace(ranks=None))
     gathered(None)
+
+    def resume() -> int | None:
+        run = make_run("ddp", out, How())
+        with fs.Monitor(run.model, run.optimizer, out / "again", fs.Guard()) as monitor:
+            return monitor.resume(out / "kept")
+
+    assert resume() == own.steps()[-1]
     if dist.get_rank() == 0:
-        folder_of(out / "kept", dist.get_world_size()).mkdir()
+        shutil.copytree(own.path, folder_of(out / "kept", 2))
     gathered(None)
-    run = make_run("ddp", out, How())
-    monitor = fs.Monitor(run.model, run.optimizer, out / "again", fs.Guard())
-    with pytest.raises(ValueError, match="not those of"):
-        monitor.resume(out / "kept")
-    monitor.finalize()
+    with pytest.raises(ValueError, match=r"none of the 3 snapshots.*accepted"):
+        resume()
+    told = fs.records.read_telemetry(out / "again" / "telemetry.jsonl").records
+    assert "does not say of how many" in str(told[-2:])
 
 
 @ranks(2)

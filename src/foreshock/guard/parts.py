@@ -113,7 +113,7 @@ def find_parts(path: Path, step: int) -> Parts:
         missing = next(rank for rank in range(number) if rank not in found)
         file = file_in(folder_of(path, missing), step)
         raise DamagedFile(f"{file}: it is missing, one of the parts of {number} ranks")
-    raise DamagedFile(f"{single}: no part of it says of how many ranks it is")
+    raise DamagedFile(f"{single.name} in {path}: it does not say of how many ranks it is")
 
 
 def _header(file: Path, *, of_one: bool = False) -> Header:

@@ -142,9 +142,9 @@ def assemble(parts: Parts, rank: int, layout: Layout) -> tuple[Path, Content]:
     """Makes the part of this rank from those of the ranks that took the snapshot.
 
     What is split comes from all that have some of it. Gradients that the ranks were adding up each
-    for itself are their mean, as DistributedDataParallel would make it. All else comes from the part of one of them,
-    in turn; but random generators of a rank that was not there draw other numbers than any other,
-    unless all of the ranks were drawing the same.
+    for itself are their mean, as DistributedDataParallel would make it. All else comes from the
+    part of one of them, in turn; but random generators of a rank that was not there draw other
+    numbers than any other, unless all of the ranks were drawing the same.
 
     Args:
         parts: of the snapshot, read through already.
