@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -63,11 +63,17 @@ def make_model(kind: str, size: int) -> nn.Module:
         return model
     if kind == "ddp":
         return DistributedDataParallel(model, process_group=groups()[size])
-    mesh = DeviceMesh.from_group(groups()[size], "cpu")
+    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    if kind in ("hsdp", "fsdp2 and tp"):
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+        if kind != "hsdp":
+            parallelize_module(model, mesh["b"], plan)
+            mesh = mesh["a"]
+    else:
+        mesh = DeviceMesh.from_group(groups()[size], "cpu")
     if kind == "tp":
-        plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
         return parallelize_module(model, mesh, plan)
-    for part in (model.up, model.down):
+    for part in () if kind == "fsdp2 and tp" else (model.up, model.down):
         fully_shard(part, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
@@ -98,7 +104,8 @@ class Run:
 
     def train(self, to: int, accumulation: int = 1) -> None:
         """To a step; keeps what the whole state was at each, as when its snapshot is taken."""
-        batches = Batches(0 if self.kind == "tp" else dist.get_rank(), 20)
+        has_tp = self.kind.endswith("tp")
+        batches = Batches(dist.get_rank() // 2 if has_tp else dist.get_rank(), 20)
         for step, (x, y) in self.monitor.loop(batches):
             self.states[step] = self.state()
             if step == to:
@@ -196,6 +203,9 @@ MOVES = (
     ("plain", 1, "ddp", 4),
     ("tp", 2, "fsdp2", 2),
     ("fsdp2", 4, "tp", 2),
+    ("hsdp", 4, "fsdp2", 2),
+    ("fsdp2 and tp", 4, "plain", 1),
+    ("fsdp2", 2, "fsdp2 and tp", 4),
 )
 
 
