@@ -37,6 +37,7 @@ def test_defaults_are_the_specified_ones() -> None:
         "snapshot_interval": 100,
         "depth": 3,
         "persist_dir": None,
+        "neighbor_copies": False,
         "clean_steps": 2,
         "min_depth": 0,
         "check_interval": 1,

@@ -62,10 +62,10 @@ def test_a_disk_that_is_too_slow_costs_snapshots_and_not_time_or_memory(
     go_on, begun = threading.Event(), threading.Event()
     real = SnapshotFolder.write
 
-    def slow(self: SnapshotFolder, content: Any) -> int:
+    def slow(self: SnapshotFolder, step: int, pages: Any) -> int:
         begun.set()
         assert go_on.wait(10)
-        return real(self, content)
+        return real(self, step, pages)
 
     monkeypatch.setattr(SnapshotFolder, "write", slow)
     saver = Saver(folder, 9)

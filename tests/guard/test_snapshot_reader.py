@@ -44,7 +44,8 @@ def cut(tensor: torch.Tensor, chunk: Chunk) -> torch.Tensor:
 def write(path: Path, step: int, of_ranks: list[tuple[dict[str, Any], dict[str, Chunk]]]) -> None:
     for rank, (saved, chunks) in enumerate(of_ranks):
         content = Content(step, {"saved": saved, "place": None}, chunks=chunks)
-        SnapshotFolder(path, rank, len(of_ranks)).write(content)
+        folder = SnapshotFolder(path, rank, len(of_ranks))
+        folder.write(step, folder.pages_of(content))
 
 
 def write_split(path: Path, tensor: torch.Tensor, boxes: list[Chunk], step: int = 7) -> None:

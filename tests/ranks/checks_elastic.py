@@ -272,21 +272,21 @@ def dropped_events(out: Path) -> list[dict[str, Any]]:
 def check_a_run_that_was_killed_while_it_wrote_leaves_a_snapshot_of_all_parts(out: Path) -> None:
     """The four ranks' last one, until there is one of which both of the two have their part."""
     states = taken_by("fsdp2", 4, out)
-    inner = snapshot_file.write
+    inner = snapshot_file.write_pages
 
-    def write(path: Path, content: Any) -> int:
+    def write_pages(path: Path, pages: Any) -> int:
         if dist.get_rank() == 1:
             raise OSError("no space left")
-        return inner(path, content)
+        return inner(path, pages)
 
     if dist.get_rank() < 2:
-        snapshot_file.write = write
+        snapshot_file.write_pages = write_pages
         try:
             run = Run("fsdp2", 2, out / "second", out / "kept", depth=1)
             assert run.monitor.resume() == 6
             run.train(13)
         finally:
-            snapshot_file.write = inner
+            snapshot_file.write_pages = inner
     gathered(None)
     assert 12 in all_steps_in(out / "kept")
     for size in (4, 1, 2):

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from tests.ranks import (
     checks_clipping,
+    checks_copies_on_disk,
     checks_costs,
     checks_elastic,
     checks_pace,
@@ -30,6 +31,7 @@ MODULES = (
     checks_spectra,
     checks_costs,
     checks_elastic,
+    checks_copies_on_disk,
     checks_pace,
 )
 

@@ -26,6 +26,10 @@ _LARGEST_KEY = float(1 << 52)
 """float64 counts up to here without a gap."""
 
 
+AT_WORK = float(1 << 32)
+"""More than there are ranks."""
+
+
 class RanksLost(RuntimeError):
     """The other ranks do not answer."""
 
@@ -62,7 +66,8 @@ class Share(NamedTuple):
     failed: float = 0.0
     """Ranks whose monitor has failed."""
     unsaved: float = 0.0
-    """Ranks whose part of the last snapshot is not on disk."""
+    """Ranks whose part of the last snapshot is not on disk; `AT_WORK` more for each that has a
+    neighbour wait for it."""
     seconds: float = 0.0
     """That the ranks were at work by themselves."""
     slow: float = 0.0
@@ -70,6 +75,11 @@ class Share(NamedTuple):
     low_words: float = 0.0
     high_words: float = 0.0
     """Weighted checksums of what several ranks hold, 0 over all ranks if they hold the same."""
+
+    @property
+    def is_one_at_work(self) -> bool:
+        """Whether a rank is still handing its part of a snapshot on."""
+        return self.unsaved >= AT_WORK
 
     @property
     def have_copies_differed(self) -> bool:

@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
+import enum
+import mmap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from foreshock.guard import snapshot_file
 from foreshock.guard.events import SnapshotDropped
+from foreshock.guard.neighbor import Neighbor
 from foreshock.guard.parts import (
     Parts,
     SnapshotFolder,
     all_steps_in,
+    copies_of,
     file_in,
     find_parts,
     folder_of,
 )
 from foreshock.guard.persistence import snapshot_in
 from foreshock.guard.resharding import Layout, assemble
-from foreshock.guard.snapshot_file import Content, DamagedFile
+from foreshock.guard.snapshot_file import Content, DamagedFile, Incoming
 from foreshock.guard.snapshots import Snapshot
 
 NO_STEP = -1
-_DAMAGED, _OTHER, _OWN = -1, 0, 1
-"""What a rank has of a snapshot: a part that it cannot read, one that is of no use as it is or
-none, one that it can take as it is."""
+
+
+class _Standing(enum.IntEnum):
+    """What a rank has of a snapshot, what is worst for all ranks first."""
+
+    DAMAGED = 0
+    """A part that it cannot read."""
+    OTHER = 1
+    """The part of another number of ranks, or one that was split in another way."""
+    NONE = 2
+    OWN = 3
+    """A part that it can take as it is."""
+
 
 Found = tuple[Path, Content]
 
@@ -74,15 +88,23 @@ class Search:
         ranks: that look.
         layout: of what belongs on this one.
         told: of each snapshot that cannot be used, by one of those who know why.
+        neighbor: who may have a copy of the part of this rank; it is read without, where it is in a
+            directory that is seen from here.
     """
 
     def __init__(
-        self, where: Path, ranks: Ranks, layout: Layout, told: Callable[[SnapshotDropped], None]
+        self,
+        where: Path,
+        ranks: Ranks,
+        layout: Layout,
+        told: Callable[[SnapshotDropped], None],
+        neighbor: Neighbor | None = None,
     ) -> None:
         self._where = where
         self._ranks = ranks
         self._layout = layout
         self._told = told
+        self._neighbor = neighbor
         self._own = SnapshotFolder(where, ranks.rank, ranks.size)
 
     def newest(self) -> tuple[Path, Snapshot] | None:
@@ -93,12 +115,12 @@ class Search:
                 model and state.
         """
         steps = self._steps()
-        step = newest_of_all(self._ranks, steps, steps[-1] if steps else NO_STEP)
-        while step != NO_STEP:
+        bound = max(steps, default=NO_STEP)
+        while (step := self._ranks.bounds(bound)[1]) != NO_STEP:
             found = self._find(step)
             if found is not None:
                 return found[0], snapshot_in(found[1])
-            step = newest_of_all(self._ranks, steps, step - 1)
+            bound = max((other for other in steps if other < step), default=NO_STEP)
         most = self._ranks.bounds(len(steps))[1]
         if most:
             raise ValueError(
@@ -115,37 +137,70 @@ class Search:
             return []
 
     def _find(self, step: int) -> Found | None:
-        standing = self._standing(step)
-        least = self._ranks.bounds(standing)[0]
-        if least == _DAMAGED:
-            return None
-        found = self._read_own(step) if least == _OWN else self._assemble(step)
+        standing, found = self._own_part(step)
+        worst = self._ranks.bounds(standing)[0]
+        if worst == _Standing.OTHER:
+            return self._assemble(step)
+        if worst != _Standing.OWN:
+            found = self._with_copy(step, found)
+            if worst == _Standing.NONE and not self._are_all(found is not None):
+                return self._assemble(step)
         return found if self._are_all(found is not None) else None
 
     def _are_all(self, is_so: bool) -> bool:
         return self._ranks.bounds(int(is_so))[0] == 1
 
-    def _standing(self, step: int) -> int:
+    def _own_part(self, step: int) -> tuple[_Standing, Found | None]:
         file = self._own.file(step)
         if not file.exists():
-            return _OTHER
+            return _Standing.NONE, None
         try:
             header = snapshot_file.read_header(file)
+            is_of_as_many = header.ranks == self._ranks.size
+            if header.ranks is None:  # it does not say
+                one_more = folder_of(self._where, self._ranks.size)
+                is_of_as_many = self._ranks.size == 1 or not file_in(one_more, step).exists()
+            if not is_of_as_many or not self._layout.is_that_of(header):
+                return _Standing.OTHER, None
+            return _Standing.OWN, (file, snapshot_file.read(file))
         except (DamagedFile, OSError) as error:
             self._tell(step, f"{file}: {error}")
-            return _DAMAGED
-        is_of_as_many = header.ranks == self._ranks.size
-        if header.ranks is None:  # it does not say
-            one_more = folder_of(self._where, self._ranks.size)
-            is_of_as_many = self._ranks.size == 1 or not file_in(one_more, step).exists()
-        return _OWN if is_of_as_many and self._layout.is_that_of(header) else _OTHER
+            return _Standing.DAMAGED, None
 
-    def _read_own(self, step: int) -> Found | None:
+    def _with_copy(self, step: int, own: Found | None) -> Found | None:
+        """This rank's part, or what the next one has a copy of; all ranks ask at the same place."""
+        rank, size = self._ranks.rank, self._ranks.size
+        copy = file_in(copies_of(self._where, rank, size), step)
+        found = own or self._read(copy)
+        if self._neighbor is None:
+            return found
+        asked = bytearray()
+        missing = [memoryview(b"?")] if found is None else []
+        self._neighbor.hand_on(step, missing, asked.extend, by=1)
+        theirs = file_in(copies_of(self._where, (rank - 1) % size, size), step)
+        pages = _pages_of(theirs) if asked and self._read(theirs) is not None else []
+        incoming = self._own.incoming(step)
+        if not self._neighbor.hand_on(step, pages, incoming.take, by=-1):
+            return found
+        return self._finished(incoming, step)
+
+    def _finished(self, incoming: Incoming, step: int) -> Found | None:
         file = self._own.file(step)
         try:
-            return file, snapshot_file.read(file)
-        except (DamagedFile, OSError) as error:
+            incoming.finish()
+        except OSError as error:
             self._tell(step, f"{file}: {error}")
+            return None
+        return self._read(file)
+
+    def _read(self, file: Path) -> Found | None:
+        """A copy; None if there is none that can be used."""
+        try:
+            return file, snapshot_file.read(file)
+        except FileNotFoundError:
+            return None
+        except (DamagedFile, OSError) as error:
+            self._tell(int(file.stem.removeprefix("step_")), f"{file}: {error}")
             return None
 
     def _assemble(self, step: int) -> Found | None:
@@ -184,3 +239,8 @@ class Search:
 
     def _tell(self, step: int, why: str) -> None:
         self._told(SnapshotDropped(step, why))
+
+
+def _pages_of(file: Path) -> list[memoryview]:
+    with file.open("rb") as opened:
+        return [memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))]

@@ -15,6 +15,7 @@ from foreshock.guard.configuration import Guard
 from foreshock.guard.containers import copy_out
 from foreshock.guard.events import Event
 from foreshock.guard.finding import Alone, Ranks, Search
+from foreshock.guard.neighbor import Neighbor
 from foreshock.guard.parts import SnapshotFolder, all_steps_in
 from foreshock.guard.persistence import Saver, snapshot_in
 from foreshock.guard.replay import BatchSource
@@ -104,6 +105,8 @@ class History:
             parts, guard.depth, guard.clean_steps, told, notes_chunks=self._folder is not None
         )
         self._saver = None if self._folder is None else Saver(self._folder, guard.depth)
+        self._neighbor: Neighbor | None = None
+        """Who has a copy of what this rank saves."""
         self._may_write = False
         self._resumed: Snapshot | None = None
         """From another process, while the loop that it was taken in is not open yet."""
@@ -199,9 +202,14 @@ class History:
         self._tell_of_saving()
         good = [kept for kept in self.ring.entries if kept.standing is Standing.KNOWN_GOOD]
         # Not before a step has been run from it: only then it is known where an epoch ends.
-        if good and good[-1].clean_steps and not good[-1].was_given_to_saver:
+        is_new = good and good[-1].clean_steps and not good[-1].was_given_to_saver
+        if is_new and self._may_save:
             good[-1].was_given_to_saver = True
             self._save(self._saver, good[-1])
+
+    @property
+    def _may_save(self) -> bool:
+        return True
 
     def _save(self, saver: Saver, snapshot: Snapshot) -> None:
         saver.save(snapshot)
@@ -245,7 +253,8 @@ class History:
             DamagedFile, OSError: the file that was asked for cannot be used.
         """
         if not where.is_file():
-            return Search(where, self._ranks, Layout(self._parts), self._told).newest()
+            search = Search(where, self._ranks, Layout(self._parts), self._told, self._neighbor)
+            return search.newest()
         content = snapshot_file.read(where)
         if self._ranks.size > 1 or content.ranks not in (None, 1):
             raise ValueError(

@@ -11,6 +11,7 @@ from foreshock.guard.consensus import Consensus
 from foreshock.guard.events import Event, SnapshotDropped
 from foreshock.guard.finding import NO_STEP, newest_of_all
 from foreshock.guard.history import History
+from foreshock.guard.neighbor import Neighbor
 from foreshock.guard.persistence import Saver
 from foreshock.guard.snapshots import Snapshot
 from foreshock.guard.state import Stateful
@@ -54,6 +55,7 @@ class JointHistory(History):
         self._sharded = [m for m in model.modules() if hasattr(m, "reshard")]
         self._has_lost = self._is_agreeing = False
         self._given: int | None = None
+        self._are_all_ready = True
         self.last_tried = NO_STEP
         """The last step of which a snapshot was taken, or would have been."""
         if self._saver is not None:
@@ -74,6 +76,7 @@ class JointHistory(History):
 
     def _save(self, saver: Saver, snapshot: Snapshot) -> None:
         self._given = snapshot.step
+        self._are_all_ready = False
         super()._save(saver, snapshot)
 
     def return_to(self, snapshot: Snapshot, fetched_since: int = 0) -> None:
@@ -81,6 +84,27 @@ class JointHistory(History):
         self._given = None
         if self._saver is not None:
             self._saver.removes_before = NO_STEP
+
+    def keep_copies(self, neighbor: Neighbor) -> None:
+        """Has what each rank saves handed on to the next."""
+        self._neighbor = neighbor
+        if self._saver is not None:
+            self._saver.neighbor = neighbor
+
+    @property
+    def _may_save(self) -> bool:
+        # Or one might wait for a snapshot that another rank has passed over.
+        return self._neighbor is None or self._are_all_ready
+
+    @property
+    def is_handing_on(self) -> bool:
+        """Whether the next rank still waits for what this one saves."""
+        is_at_work = self._saver is not None and self._saver.is_at_work
+        return self._neighbor is not None and is_at_work
+
+    def note_all_ready(self) -> None:
+        """No rank is at work; the next snapshot may be saved."""
+        self._are_all_ready = True
 
     @property
     def has_unsaved(self) -> bool:

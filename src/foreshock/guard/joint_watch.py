@@ -13,7 +13,7 @@ import torch
 from foreshock.distributed_part import is_split
 from foreshock.guard.clipping import norm_of
 from foreshock.guard.configuration import Guard
-from foreshock.guard.consensus import Consensus, RankFailed, Share
+from foreshock.guard.consensus import AT_WORK, Consensus, RankFailed, Share
 from foreshock.guard.copies import Copies
 from foreshock.guard.events import (
     Action,
@@ -26,6 +26,7 @@ from foreshock.guard.events import (
 from foreshock.guard.history import History
 from foreshock.guard.inspection import Finding
 from foreshock.guard.joint_history import JointHistory
+from foreshock.guard.neighbor import Neighbor
 from foreshock.guard.pace import Pace
 from foreshock.guard.policy import Signs
 from foreshock.guard.split_gradients import add_up_partial, shares_of
@@ -82,6 +83,8 @@ class JointWatch(Watch):
         named = named_parameters(model, optimizer)
         ranks.require_same("model", [(name, tuple(p.shape)) for name, p in named.items()])
         ranks.require_same("guard", guard.model_dump(mode="json", exclude={"persist_dir"}))
+        if guard.neighbor_copies:
+            self.history.keep_copies(Neighbor(ranks))
         self._shares = shares_of(self.parameters, ranks.size)
         self._is_split = any(map(is_split, self.parameters))
         self._copies = Copies(named, ranks)
@@ -184,7 +187,7 @@ class JointWatch(Watch):
             wants_snapshot=self._asks_for_snapshot,
             wants_lower_rate=self._asks_for_lower_rate,
             lost_snapshots=self.history.has_lost(),
-            unsaved=self.history.has_unsaved,
+            unsaved=self.history.has_unsaved + AT_WORK * self.history.is_handing_on,
             seconds=self._own_seconds(loss),
             slow=self._is_slow,
             low_words=low_words,
@@ -221,6 +224,8 @@ class JointWatch(Watch):
             self._is_slow = self._pace.is_news(mine, heard.seconds, self._ranks.size)
         if not heard.unsaved:
             self.history.note_all_saved()
+        if not heard.is_one_at_work:
+            self.history.note_all_ready()
         self._wants_snapshot |= heard.wants_snapshot > 0
 
     def _own_seconds(self, loss: float | None) -> float:

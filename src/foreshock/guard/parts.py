@@ -5,20 +5,26 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from foreshock.guard import snapshot_file
-from foreshock.guard.snapshot_file import Content, DamagedFile, Header
+from foreshock.guard.snapshot_file import Content, DamagedFile, Header, Incoming
 
 _FILE = re.compile(r"step_(\d{9,})\.safetensors")
 _FOLDER = re.compile(r"rank_(\d{5,})")
+_COPIES = "of_rank_*"
 _LEFTOVER = ".step_*.safetensors.*.tmp"
 
 
 def folder_of(path: Path, rank: int) -> Path:
     """Where a rank keeps its parts of the snapshots."""
     return path / f"rank_{rank:05d}"
+
+
+def copies_of(path: Path, rank: int, ranks: int) -> Path:
+    """Where the next rank keeps its copies of what a rank writes."""
+    return folder_of(path, (rank + 1) % ranks) / f"of_rank_{rank:05d}"
 
 
 def file_in(folder: Path, step: int) -> Path:
@@ -87,7 +93,8 @@ class Parts:
 def find_parts(path: Path, step: int) -> Parts:
     """All parts of a snapshot, by what they say of how many there are.
 
-    A directory may have parts of the same step that were written by different numbers of ranks.
+    A directory may have parts of the same step that were written by different numbers of ranks. Of
+    a part that is not there a copy is taken that another rank has.
 
     Args:
         path: a directory of snapshots: of one process, or with a folder for each rank.
@@ -100,20 +107,30 @@ def find_parts(path: Path, step: int) -> Parts:
     if single.exists():
         return Parts([single], [_header(single, of_one=True)])
     by_number: dict[int, dict[int, tuple[Path, Header]]] = defaultdict(dict)
-    for rank, folder in folders_in(path).items():
-        file = file_in(folder, step)
-        if file.exists():
-            header = _header(file)
-            by_number[header.ranks or 0][rank] = file, header
+    damaged: list[DamagedFile] = []
+    for file in _files_of(path, step):
+        header = _header_if_readable(file, damaged)
+        if header is not None:
+            by_number[header.ranks or 0].setdefault(header.rank, (file, header))
     by_number.pop(0, None)  # they do not say, and only as many ranks can take them up
     for number, found in by_number.items():
         if set(range(number)) <= found.keys():
             return Parts(*zip(*(found[rank] for rank in range(number)), strict=True))
+    for error in damaged:
+        raise error
     for number, found in by_number.items():
         missing = next(rank for rank in range(number) if rank not in found)
         file = file_in(folder_of(path, missing), step)
         raise DamagedFile(f"{file}: it is missing, one of the parts of {number} ranks")
     raise DamagedFile(f"{single.name} in {path}: it does not say of how many ranks it is")
+
+
+def _header_if_readable(file: Path, damaged: list[DamagedFile]) -> Header | None:
+    try:
+        return _header(file)
+    except DamagedFile as error:
+        damaged.append(error)
+        return None
 
 
 def _header(file: Path, *, of_one: bool = False) -> Header:
@@ -122,6 +139,13 @@ def _header(file: Path, *, of_one: bool = False) -> Header:
     if of_one and header.ranks not in (None, 1):
         raise DamagedFile(f"{file}: it is but one of the parts of {header.ranks} ranks")
     return header
+
+
+def _files_of(path: Path, step: int) -> Iterator[Path]:
+    """The parts of a snapshot, and after them the copies of parts."""
+    folders = list(folders_in(path).values())
+    copies = [copy for folder in folders for copy in sorted(folder.glob(_COPIES))]
+    yield from (file for f in folders + copies if (file := file_in(f, step)).exists())
 
 
 @contextlib.contextmanager
@@ -157,13 +181,25 @@ class SnapshotFolder:
 
     def has(self, file: Path) -> bool:
         """Whether a part is one of this directory, whoever wrote it."""
-        return self.root.resolve() in (file.resolve().parent, file.resolve().parent.parent)
+        return self.root.resolve() in file.resolve().parents
 
-    def write(self, content: Content) -> int:
-        """Writes a snapshot; see `snapshot_file.write`."""
+    def pages_of(self, content: Content) -> list[memoryview]:
+        """The bytes of a part of this rank; see `snapshot_file.pages_of`."""
+        return snapshot_file.pages_of(content._replace(rank=self._rank, ranks=self._ranks))
+
+    def write(self, step: int, pages: Iterable[memoryview]) -> int:
+        """Writes a part; see `snapshot_file.write_pages`."""
         self.path.mkdir(parents=True, exist_ok=True)
-        part = content._replace(rank=self._rank, ranks=self._ranks)
-        return snapshot_file.write(self.file(content.step), part)
+        return snapshot_file.write_pages(self.file(step), pages)
+
+    def incoming_copy(self, step: int) -> Incoming:
+        """The file for a copy of what the rank before this one writes."""
+        folder = copies_of(self.root, (self._rank - 1) % self._ranks, self._ranks)
+        return _incoming(file_in(folder, step))
+
+    def incoming(self, step: int) -> Incoming:
+        """The file for a part of this rank that another has kept."""
+        return _incoming(self.file(step))
 
     def keep(self, depth: int, before: int | None = None) -> None:
         """Removes all but the newest, none of this step or a later one."""
@@ -201,10 +237,21 @@ class SnapshotFolder:
 
     def _folders(self) -> Iterator[Path]:
         """Its own, and of those that nobody else has the ones that it looks after."""
-        yield self.path
+        own = [self.path, *self._left_behind()]
+        for folder in own:
+            yield from sorted(folder.glob(_COPIES))
+        yield from own
+
+    def _left_behind(self) -> Iterator[Path]:
         if self._rank == 0 and self._ranks > 1:
             yield self.root
         first = 0 if self._ranks == 1 else self._ranks
         for rank, folder in folders_in(self.root).items():
             if rank >= first and rank % self._ranks == self._rank:
                 yield folder
+
+
+def _incoming(file: Path) -> Incoming:
+    with contextlib.suppress(OSError):  # which the file will say
+        file.parent.mkdir(parents=True, exist_ok=True)
+    return Incoming(file)

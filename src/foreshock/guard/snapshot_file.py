@@ -91,8 +91,7 @@ def write(path: Path, content: Content) -> int:
 
     Args:
         path: replaced if it exists.
-        content: numbers, texts, tensors in host memory and NumPy arrays, in dictionaries, lists and
-            tuples.
+        content: see `pages_of`.
     Returns:
         Its size in bytes.
     Raises:
@@ -101,6 +100,19 @@ def write(path: Path, content: Content) -> int:
     Cost:
         One read of the tensors for the checksum and one for the file; the interpreter is free for
         other threads meanwhile.
+    """
+    return write_pages(path, pages_of(content))
+
+
+def pages_of(content: Content) -> list[memoryview]:
+    """The bytes of a file, those of the tensors in the memory where they are.
+
+    Args:
+        content: numbers, texts, tensors in host memory and NumPy arrays, in dictionaries, lists and
+            tuples.
+    Raises:
+        NotStorable: naming the place, what stands there and what may.
+    Cost: one read of the tensors for the checksum.
     """
     encoder = _Encoder()
     tree = encoder.encode(content.tree, "")
@@ -127,8 +139,7 @@ def write(path: Path, content: Content) -> int:
         begin += len(page)
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
-    _write_synced(path, [memoryview(len(head).to_bytes(8, "little")), memoryview(head), *pages])
-    return 8 + len(head) + begin
+    return [memoryview(len(head).to_bytes(8, "little")), memoryview(head), *pages]
 
 
 def read(path: Path) -> Content:
@@ -262,21 +273,77 @@ def _form(tensor: torch.Tensor) -> tuple[str, list[int]]:
     return _DTYPES[tensor.dtype], list(tensor.shape)
 
 
-def _write_synced(path: Path, pages: list[memoryview]) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+def write_pages(path: Path, pages: Iterable[memoryview]) -> int:
+    """Writes bytes to a file that is there as a whole or not at all.
+
+    Returns:
+        Its size in bytes.
+    Raises:
+        OSError: the file cannot be written.
+    """
+    file = Incoming(path)
+    for page in pages:
+        file.take(page)
+    return file.finish()
+
+
+class Incoming:
+    """A file that comes piece by piece, and is there when it is finished or not at all.
+
+    Args:
+        path: replaced if it exists.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+        self._descriptor: int | None = None
+        self._size = 0
+        self._error: OSError | None = None
+
+    def take(self, piece: memoryview) -> None:
+        """Writes it; after an error, which `finish` raises, it is passed over."""
+        if self._error is not None:
+            return
         try:
-            for page in pages:
-                _write_all(descriptor, page)
-            sync_descriptor(descriptor)
-        finally:
+            if self._descriptor is None:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+                self._descriptor = os.open(self._temporary, flags, 0o666)
+            _write_all(self._descriptor, piece)
+            self._size += len(piece)
+        except OSError as error:
+            self._error = error
+
+    def finish(self) -> int:
+        """Gives the file its name.
+
+        Returns:
+            Its size in bytes.
+        Raises:
+            OSError: it could not be written.
+        """
+        try:
+            if self._error is not None:
+                raise self._error
+            if self._descriptor is not None:
+                sync_descriptor(self._descriptor)
+            self._close()
+            os.replace(self._temporary, self._path)
+        except BaseException:
+            self.drop()
+            raise
+        sync_directory(self._path.parent)
+        return self._size
+
+    def drop(self) -> None:
+        """Leaves nothing of it behind."""
+        self._close()
+        self._temporary.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
             os.close(descriptor)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
 
 
 def _write_all(descriptor: int, page: memoryview) -> None:
