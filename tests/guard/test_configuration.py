@@ -106,6 +106,12 @@ def test_a_directory_for_snapshots_that_are_never_taken_is_refused(mode: Any) ->
     assert fs.Guard(mode="recover", persist_dir="x").persist_dir is not None
 
 
+def test_copies_need_a_directory_to_be_in() -> None:
+    with pytest.raises(ValidationError, match="neighbor_copies is True without persist_dir"):
+        fs.Guard(mode="recover", neighbor_copies=True)
+    assert fs.Guard(mode="recover", persist_dir="x", neighbor_copies=True).neighbor_copies
+
+
 def test_a_seal_needs_a_step_that_confirms_a_snapshot() -> None:
     with pytest.raises(ValidationError, match="clean_steps is 0 with verify_state=True"):
         fs.Guard(mode="recover", verify_state=True, clean_steps=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from foreshock.guard.finding import Alone, Search
 from foreshock.guard.parts import (
     SnapshotFolder,
     all_steps_in,
+    copies_of,
     file_in,
     find_parts,
     folder_of,
@@ -94,7 +96,41 @@ def test_one_part_of_many_is_not_taken_for_the_whole(tmp_path: Path) -> None:
         find_parts(tmp_path, 7)
 
 
+def test_of_a_part_that_is_missing_or_damaged_the_copy_is_taken(tmp_path: Path) -> None:
+    write(tmp_path, 3, 7)
+    copy_part(tmp_path, 1, 3, 7)
+    lost = file_in(folder_of(tmp_path, 1), 7)
+    for damage in (b"not much", None):
+        lost.unlink() if damage is None else lost.write_bytes(damage)
+        parts = find_parts(tmp_path, 7)
+        assert [header.rank for header in parts.headers] == [0, 1, 2]
+        assert parts.files[1] == tmp_path / "rank_00002" / "of_rank_00001" / lost.name
+
+
+def copy_part(path: Path, rank: int, ranks: int, step: int) -> None:
+    file = SnapshotFolder(path, (rank + 1) % ranks, ranks).incoming_copy(step)
+    file.take(memoryview(file_in(folder_of(path, rank), step).read_bytes()))
+    file.finish()
+
+
 # ---- which go
+
+
+def test_copies_go_with_what_they_are_copies_of(tmp_path: Path) -> None:
+    write(tmp_path, 4, 10, 20, 30)
+    for rank, step in itertools.product(range(4), (10, 20, 30)):
+        copy_part(tmp_path, rank, 4, step)
+    folders = [SnapshotFolder(tmp_path, rank, 2) for rank in range(2)]
+    copies = [copies_of(tmp_path, rank, 4) for rank in range(4)]
+    folders[0].set_aside_after(20)
+    folders[1].forget_after(20)
+    assert [steps_in(folder) for folder in copies] == [[10, 20]] * 4
+    for folder in folders:
+        folder.keep(1)
+    assert [steps_in(folder) for folder in copies] == [[20]] * 4
+    (copies[0] / ".step_000000009.safetensors.abc.tmp").write_text("half")
+    folders[1].clear_leftovers()
+    assert sorted(p.name for p in copies[0].iterdir()) == ["step_000000020.safetensors"]
 
 
 def test_parts_of_ranks_that_are_no_more_go_as_those_of_the_others_do(tmp_path: Path) -> None:

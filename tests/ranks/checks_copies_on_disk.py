@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import shutil
 import time
@@ -12,7 +13,7 @@ import pytest
 import torch.distributed as dist
 
 import foreshock as fs
-from foreshock.guard import snapshot_file
+from foreshock.guard import neighbor, snapshot_file
 from foreshock.guard.neighbor import Neighbor
 from foreshock.guard.parts import copies_of, folder_of, steps_in
 from foreshock.records import read_telemetry
@@ -44,10 +45,11 @@ def wait(run: Run, step: int) -> None:
     run.saver.wait()  # so that every snapshot is written, however slow the disk
 
 
-def taken(out: Path, *strikes: Strike, **guard: Any) -> None:
-    """By a run that ends at its last step but one, as if it had been killed there."""
+def taken(out: Path, *strikes: Strike, rank_records: bool = False, **guard: Any) -> None:
+    """By a run to its end, the last one two steps before it."""
     given = {"persist_dir": own_disk(out), **KEPT, **guard}
-    train("fsdp2", out / "one", *strikes, at_step=wait, **given)
+    records = {"rank_records": rank_records}
+    train("fsdp2", out / "one", *strikes, at_step=wait, monitor=records, **given)
     gathered(None)
 
 
@@ -75,6 +77,7 @@ def dropped(out: Path) -> list[str]:
 @ranks(2)
 def check_a_rank_that_has_lost_its_disk_has_its_parts_from_the_next_one(out: Path) -> None:
     clean = clean_bits("fsdp2", out.parent / "clean fsdp2 False")
+    whole, neighbor._PIECE_BYTES = neighbor._PIECE_BYTES, 4096  # some to a part
     taken(out)
     me, size = dist.get_rank(), dist.get_world_size()
     copies = copies_of(own_disk(out), (me - 1) % size, size)
@@ -88,6 +91,7 @@ def check_a_rank_that_has_lost_its_disk_has_its_parts_from_the_next_one(out: Pat
         assert step == 14
         assert run.bits() == clean
         assert 14 in steps_in(folder_of(kept, me)), "what was fetched is on disk again"
+    neighbor._PIECE_BYTES = whole
 
 
 @ranks(2)
@@ -214,17 +218,21 @@ def check_copies_that_fail_are_told_of_once_and_training_goes_on(out: Path) -> N
     inner = Neighbor.hand_on
 
     def hand_on(self: Neighbor, step: int, *given: Any, **more: Any) -> int:
-        if step == 6:
-            raise RuntimeError("no answer")
+        if step == 6 and dist.get_rank() == 0:
+            raise RuntimeError("no answer")  # nor does the other get one
         return inner(self, step, *given, **more)
 
     Neighbor.hand_on = hand_on  # type: ignore[method-assign]
+    limit, neighbor._TIMEOUT = neighbor._TIMEOUT, datetime.timedelta(seconds=2)
     try:
-        taken(out)
+        taken(out, rank_records=True)
     finally:
         Neighbor.hand_on = inner  # type: ignore[method-assign]
+        neighbor._TIMEOUT = limit
     me = dist.get_rank()
     assert steps_in(folder_of(own_disk(out), me))[-1] == 14
-    told = read_telemetry(out / "one" / "telemetry.jsonl").records
-    why = [e["why"] for e in told if e["event"] == "snapshot_not_saved"]
-    assert why == ["no more copies of the rank before are kept: no answer"]
+    records = out / "one" / ("rank_00001" if me else ".") / "telemetry.jsonl"
+    told = read_telemetry(records).records
+    (why,) = [e["why"] for e in told if e["event"] == "snapshot_not_saved"]
+    assert why.startswith("no more copies of the rank before are kept: ")
+    assert ("Timed out" if me else "no answer") in why

@@ -22,7 +22,7 @@ from foreshock.guard.parts import (
 )
 from foreshock.guard.persistence import snapshot_in
 from foreshock.guard.resharding import Layout, assemble
-from foreshock.guard.snapshot_file import Content, DamagedFile, Incoming
+from foreshock.guard.snapshot_file import Content, DamagedFile, Header
 from foreshock.guard.snapshots import Snapshot
 
 NO_STEP = -1
@@ -137,71 +137,77 @@ class Search:
             return []
 
     def _find(self, step: int) -> Found | None:
-        standing, found = self._own_part(step)
+        standing, found = self._part_in(self._own.file(step), step)
         worst = self._ranks.bounds(standing)[0]
-        if worst == _Standing.OTHER:
-            return self._assemble(step)
-        if worst != _Standing.OWN:
-            found = self._with_copy(step, found)
-            if worst == _Standing.NONE and not self._are_all(found is not None):
-                return self._assemble(step)
+        if worst in (_Standing.DAMAGED, _Standing.NONE):
+            found = self._fetched(step, found or self._copy(step))
+        is_of_others = worst == _Standing.OTHER
+        if is_of_others or (worst == _Standing.NONE and not self._are_all(found is not None)):
+            found = self._assemble(step)
         return found if self._are_all(found is not None) else None
 
     def _are_all(self, is_so: bool) -> bool:
         return self._ranks.bounds(int(is_so))[0] == 1
 
-    def _own_part(self, step: int) -> tuple[_Standing, Found | None]:
-        file = self._own.file(step)
+    def _part_in(self, file: Path, step: int) -> tuple[_Standing, Found | None]:
+        """What a file has for this rank, and how that stands."""
         if not file.exists():
             return _Standing.NONE, None
         try:
             header = snapshot_file.read_header(file)
-            is_of_as_many = header.ranks == self._ranks.size
-            if header.ranks is None:  # it does not say
-                one_more = folder_of(self._where, self._ranks.size)
-                is_of_as_many = self._ranks.size == 1 or not file_in(one_more, step).exists()
-            if not is_of_as_many or not self._layout.is_that_of(header):
+            if not self._is_own(header) or not self._layout.is_that_of(header):
                 return _Standing.OTHER, None
             return _Standing.OWN, (file, snapshot_file.read(file))
         except (DamagedFile, OSError) as error:
             self._tell(step, f"{file}: {error}")
             return _Standing.DAMAGED, None
 
-    def _with_copy(self, step: int, own: Found | None) -> Found | None:
-        """This rank's part, or what the next one has a copy of; all ranks ask at the same place."""
+    def _is_own(self, header: Header) -> bool:
         rank, size = self._ranks.rank, self._ranks.size
-        copy = file_in(copies_of(self._where, rank, size), step)
-        found = own or self._read(copy)
+        if header.ranks is None:  # it does not say
+            one_more = file_in(folder_of(self._where, size), header.step)
+            return size == 1 or not one_more.exists()
+        return (header.rank, header.ranks) == (rank, size)
+
+    def _copy(self, step: int) -> Found | None:
+        """This rank's part, of which the next one has a copy that is seen from here."""
+        rank, size = self._ranks.rank, self._ranks.size
+        return self._part_in(file_in(copies_of(self._where, rank, size), step), step)[1]
+
+    def _fetched(self, step: int, found: Found | None) -> Found | None:
+        """What is found already, or else a copy from the next rank; all ask at the same place."""
         if self._neighbor is None:
             return found
         asked = bytearray()
-        missing = [memoryview(b"?")] if found is None else []
-        self._neighbor.hand_on(step, missing, asked.extend, by=1)
-        theirs = file_in(copies_of(self._where, (rank - 1) % size, size), step)
-        pages = _pages_of(theirs) if asked and self._read(theirs) is not None else []
+        asking = [memoryview(b"?")] if found is None else []
+        self._neighbor.hand_on(step, asking, asked.extend, by=1)
         incoming = self._own.incoming(step)
+        pages = self._pages_for_the_one_before(step) if asked else []
         if not self._neighbor.hand_on(step, pages, incoming.take, by=-1):
             return found
-        return self._finished(incoming, step)
-
-    def _finished(self, incoming: Incoming, step: int) -> Found | None:
-        file = self._own.file(step)
         try:
             incoming.finish()
         except OSError as error:
-            self._tell(step, f"{file}: {error}")
+            self._tell(step, f"{self._own.file(step)}: {error}")
             return None
-        return self._read(file)
+        return self._part_in(self._own.file(step), step)[1]
 
-    def _read(self, file: Path) -> Found | None:
-        """A copy; None if there is none that can be used."""
+    def _pages_for_the_one_before(self, step: int) -> list[memoryview]:
+        """The copy of its part; none if there is none, or it is not what was written."""
+        size = self._ranks.size
+        before = (self._ranks.rank - 1) % size
+        file = file_in(copies_of(self._where, before, size), step)
         try:
-            return file, snapshot_file.read(file)
+            header = snapshot_file.read_header(file)
+            snapshot_file.check(file)
+            with file.open("rb") as opened:
+                pages = memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
         except FileNotFoundError:
-            return None
+            return []
         except (DamagedFile, OSError) as error:
-            self._tell(int(file.stem.removeprefix("step_")), f"{file}: {error}")
-            return None
+            self._tell(step, f"{file}: {error}")
+            return []
+        return [pages] if (header.rank, header.ranks) == (before, size) else []
 
     def _assemble(self, step: int) -> Found | None:
         parts: Parts | None = None
@@ -239,8 +245,3 @@ class Search:
 
     def _tell(self, step: int, why: str) -> None:
         self._told(SnapshotDropped(step, why))
-
-
-def _pages_of(file: Path) -> list[memoryview]:
-    with file.open("rb") as opened:
-        return [memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from foreshock.guard.configuration import Guard
-from foreshock.guard.consensus import Consensus
+from foreshock.guard.consensus import AT_WORK, STOPPED, Consensus
 from foreshock.guard.events import Event, SnapshotDropped
 from foreshock.guard.finding import NO_STEP, newest_of_all
 from foreshock.guard.history import History
@@ -97,19 +97,21 @@ class JointHistory(History):
         return self._neighbor is None or self._are_all_ready
 
     @property
-    def is_handing_on(self) -> bool:
-        """Whether the next rank still waits for what this one saves."""
-        is_at_work = self._saver is not None and self._saver.is_at_work
-        return self._neighbor is not None and is_at_work
+    def unsaved(self) -> float:
+        """What this rank adds to `Share.unsaved`."""
+        saver = self._saver
+        if saver is None:
+            return 1.0
+        is_unsaved = self._given is None or saver.saved_step != self._given
+        if self._neighbor is None:
+            return float(is_unsaved)
+        return is_unsaved + AT_WORK * saver.is_at_work + STOPPED * (saver.neighbor is None)
 
-    def note_all_ready(self) -> None:
-        """No rank is at work; the next snapshot may be saved."""
+    def note_all_ready(self, *, are_copied: bool) -> None:
+        """No rank is at work; the next snapshot may be saved, with copies or without."""
         self._are_all_ready = True
-
-    @property
-    def has_unsaved(self) -> bool:
-        """Whether this rank's part of what was to be written last is not on disk."""
-        return self._saver is None or self._given is None or self._saver.saved_step != self._given
+        if self._saver is not None and not are_copied:
+            self._saver.neighbor = None
 
     def note_all_saved(self) -> None:
         """All parts of it are on disk; what is older may be removed."""

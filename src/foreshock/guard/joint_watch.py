@@ -13,7 +13,7 @@ import torch
 from foreshock.distributed_part import is_split
 from foreshock.guard.clipping import norm_of
 from foreshock.guard.configuration import Guard
-from foreshock.guard.consensus import AT_WORK, Consensus, RankFailed, Share
+from foreshock.guard.consensus import Consensus, RankFailed, Share
 from foreshock.guard.copies import Copies
 from foreshock.guard.events import (
     Action,
@@ -187,7 +187,7 @@ class JointWatch(Watch):
             wants_snapshot=self._asks_for_snapshot,
             wants_lower_rate=self._asks_for_lower_rate,
             lost_snapshots=self.history.has_lost(),
-            unsaved=self.history.has_unsaved + AT_WORK * self.history.is_handing_on,
+            unsaved=self.history.unsaved,
             seconds=self._own_seconds(loss),
             slow=self._is_slow,
             low_words=low_words,
@@ -225,7 +225,7 @@ class JointWatch(Watch):
         if not heard.unsaved:
             self.history.note_all_saved()
         if not heard.is_one_at_work:
-            self.history.note_all_ready()
+            self.history.note_all_ready(are_copied=not heard.has_one_stopped)
         self._wants_snapshot |= heard.wants_snapshot > 0
 
     def _own_seconds(self, loss: float | None) -> float:
