@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from foreshock.guard import SnapshotNotSaved, SnapshotSaved
-from foreshock.guard.parts import SnapshotFolder
+from foreshock.guard.parts import SnapshotFolder, copies_of, file_in, steps_in
 from foreshock.guard.persistence import Saver
 from foreshock.guard.snapshots import Snapshot, checksum
 
@@ -113,3 +113,64 @@ def test_closing_waits_for_what_is_still_to_be_written(folder: SnapshotFolder) -
     assert saver.close()
     assert folder.steps() == [3]
     assert Saver(folder, 1).close()  # that had nothing to do
+
+
+# ---- with a neighbour
+
+
+class Handed:
+    """A neighbour that gives back what it is given, and remembers of which steps."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def hand_on(self, step: int, pages: Any, take: Any, by: int) -> int:
+        assert by == 1
+        self.steps.append(step)
+        for page in pages:
+            take(page)
+        return sum(map(len, pages))
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> SnapshotFolder:
+    return SnapshotFolder(tmp_path / "snapshots", 0, 2)
+
+
+def test_what_is_written_is_handed_on_byte_by_byte(shared: SnapshotFolder) -> None:
+    saver = Saver(shared, 2)
+    saver.neighbor = Handed()  # type: ignore[assignment]
+    events = save_all(saver, 0, 10, 20)
+    copies = copies_of(shared.root, 1, 2)
+    assert steps_in(copies) == shared.steps() == [10, 20]
+    assert file_in(copies, 20).read_bytes() == shared.file(20).read_bytes()
+    assert [type(event) for event in events] == [SnapshotSaved] * 3
+    saver.close()
+
+
+def test_what_was_given_to_save_is_handed_on_whatever_becomes_of_it(
+    shared: SnapshotFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other rank may be waiting for it already."""
+    go_on = threading.Event()
+    real = SnapshotFolder.forget_after
+
+    def slow(self: SnapshotFolder, step: int) -> None:
+        assert go_on.wait(10)
+        real(self, step)
+
+    monkeypatch.setattr(SnapshotFolder, "forget_after", slow)
+    saver, handed, bad = Saver(shared, 9), Handed(), snapshot_at(40)
+    saver.neighbor = handed  # type: ignore[assignment]
+    saver.forget_after(30)
+    saver.save(snapshot_at(20))
+    saver.forget_after(10)
+    go_on.set()
+    saver.wait()
+    assert handed.steps == [20]
+    assert shared.steps() == []
+    bad.saved["parameters"]["w"].view(torch.int32)[3] ^= 1 << 20
+    saver.save(bad)
+    saver.wait()
+    assert handed.steps == [20, 40]
+    saver.close()

@@ -74,7 +74,6 @@ def dropped(out: Path) -> list[str]:
     return [e["why"] for e in told if e["event"] == "snapshot_dropped"]
 
 
-@ranks(2)
 def check_a_rank_that_has_lost_its_disk_has_its_parts_from_the_next_one(out: Path) -> None:
     clean = clean_bits("fsdp2", out.parent / "clean fsdp2 False")
     whole, neighbor._PIECE_BYTES = neighbor._PIECE_BYTES, 4096  # some to a part
@@ -82,7 +81,7 @@ def check_a_rank_that_has_lost_its_disk_has_its_parts_from_the_next_one(out: Pat
     me, size = dist.get_rank(), dist.get_world_size()
     copies = copies_of(own_disk(out), (me - 1) % size, size)
     assert steps_in(copies) == steps_in(folder_of(own_disk(out), me)) == [10, 12, 14]
-    for lost in range(2):
+    for lost in (0, 1):
         kept = out / f"without {lost}" / f"disk {me}"
         if me != lost:
             shutil.copytree(own_disk(out), kept)
@@ -215,24 +214,30 @@ def check_a_slow_disk_passes_the_same_snapshots_over_on_all_ranks(out: Path) -> 
 
 @ranks(2)
 def check_copies_that_fail_are_told_of_once_and_training_goes_on(out: Path) -> None:
-    inner = Neighbor.hand_on
-
-    def hand_on(self: Neighbor, step: int, *given: Any, **more: Any) -> int:
-        if step == 6 and dist.get_rank() == 0:
-            raise RuntimeError("no answer")  # nor does the other get one
-        return inner(self, step, *given, **more)
-
-    Neighbor.hand_on = hand_on  # type: ignore[method-assign]
-    limit, neighbor._TIMEOUT = neighbor._TIMEOUT, datetime.timedelta(seconds=2)
-    try:
-        taken(out, rank_records=True)
-    finally:
-        Neighbor.hand_on = inner  # type: ignore[method-assign]
-        neighbor._TIMEOUT = limit
+    """On one rank, before the other has what it waits for, or after it: neither waits again."""
+    inner, limit = Neighbor.hand_on, neighbor._TIMEOUT
     me = dist.get_rank()
-    assert steps_in(folder_of(own_disk(out), me))[-1] == 14
-    records = out / "one" / ("rank_00001" if me else ".") / "telemetry.jsonl"
-    told = read_telemetry(records).records
-    (why,) = [e["why"] for e in told if e["event"] == "snapshot_not_saved"]
-    assert why.startswith("no more copies of the rank before are kept: ")
-    assert ("Timed out" if me else "no answer") in why
+    for when in ("before", "after"):
+
+        def hand_on(self: Neighbor, step: int, *given: Any, when: str = when, **more: Any) -> int:
+            is_over = (
+                0 if (step, me, when) == (6, 0, "before") else inner(self, step, *given, **more)
+            )
+            if (step, me) == (6, 0):
+                raise RuntimeError("no answer")
+            return is_over
+
+        Neighbor.hand_on = hand_on  # type: ignore[method-assign]
+        neighbor._TIMEOUT = datetime.timedelta(seconds=2)
+        try:
+            taken(out / when, rank_records=True)
+        finally:
+            Neighbor.hand_on, neighbor._TIMEOUT = inner, limit  # type: ignore[method-assign]
+        assert steps_in(folder_of(own_disk(out / when), me))[-1] == 14
+        records = out / when / "one" / ("rank_00001" if me else ".") / "telemetry.jsonl"
+        told = read_telemetry(records).records
+        found = [e["why"] for e in told if e["event"] == "snapshot_not_saved"]
+        why = {0: "no answer", 1: "Timed out"}[me]
+        assert len(found) == (0 if (me, when) == (1, "after") else 1), found
+        assert all(f.startswith("no more copies of the rank before are kept: ") for f in found)
+        assert all(why in f for f in found)

@@ -203,14 +203,13 @@ class SnapshotFolder:
 
     def keep(self, depth: int, before: int | None = None) -> None:
         """Removes all but the newest, none of this step or a later one."""
-        steps = sorted({step for folder in self._folders() for step in steps_in(folder)})
-        for step in steps[:-depth]:
+        for step in self._all_steps()[:-depth]:
             if before is None or step < before:
                 self._remove(step)
 
     def forget_after(self, step: int) -> None:
         """Removes those of later steps, which a rollback has made untrue."""
-        for later in all_steps_in(self.root):
+        for later in self._all_steps():
             if later > step:
                 self._remove(later)
 
@@ -227,6 +226,9 @@ class SnapshotFolder:
         for folder in self._folders():
             for leftover in folder.glob(_LEFTOVER):
                 leftover.unlink(missing_ok=True)
+
+    def _all_steps(self) -> list[int]:
+        return sorted({step for folder in self._folders() for step in steps_in(folder)})
 
     def _remove(self, step: int) -> None:
         for folder in self._folders():

@@ -201,7 +201,7 @@ def _chunk_here(
     try:
         here = layout.chunk(path, shape or sizes)
     except UnknownSplit as unknown:
-        if shape is not None or unknown.is_split_here:
+        if unknown.is_split_here or (shape is not None and math.prod(shape) > 1):
             raise ValueError(
                 f"{path} of shape {shape or sizes} belongs to what is split over ranks, and it is "
                 "not known how it is to be split here; accepted: as many ranks and the same way "
