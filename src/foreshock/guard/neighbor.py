@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ from foreshock.guard.consensus import Consensus
 _PIECE_BYTES = 4 << 20
 _TIMEOUT = datetime.timedelta(minutes=5)
 """Longer than one rank's disk may be behind another's."""
+
+_made: Counter[tuple[int, ...]] = Counter()
+"""Rings of the same ranks, each of which has its own place in the store."""
 
 Pages = Sequence[memoryview]
 
@@ -28,14 +32,16 @@ class Neighbor:
     """
 
     def __init__(self, ranks: Consensus) -> None:
-        import torch.distributed as dist
-
-        self._dist: Any = dist
+        dist: Any = torch.distributed
+        store = dist.distributed_c10d._get_default_store()
         self._rank, self._size = ranks.rank, ranks.size
-        members = dist.get_process_group_ranks(ranks.group)
-        self._group = dist.new_group(
-            members, backend="gloo", timeout=_TIMEOUT, use_local_synchronization=True
-        )
+        # Not by new_group, which all ranks of the world would have to call; with its
+        # use_local_synchronization, ranks that are in more groups than others miss each other.
+        members = tuple(dist.get_process_group_ranks(ranks.group))
+        _made[members] += 1
+        name = f"foreshock/neighbor/{members}/{_made[members]}"
+        store = dist.PrefixStore(name, store)
+        self._group = dist.ProcessGroupGloo(store, self._rank, self._size, _TIMEOUT)
 
     def hand_on(self, step: int, pages: Pages, take: Callable[[memoryview], None], by: int) -> int:
         """Gives bytes to one rank, and takes those of another, a few megabytes at a time.
@@ -74,9 +80,9 @@ class Neighbor:
         to, of = (self._rank + by) % self._size, (self._rank - by) % self._size
         under_way = []
         if taken is not None:
-            under_way.append(self._dist.irecv(taken, group=self._group, group_src=of))
+            under_way.append(self._group.recv([taken], of, 0))
         if given is not None:
-            under_way.append(self._dist.isend(given, group=self._group, group_dst=to))
+            under_way.append(self._group.send([given], to, 0))
         for work in under_way:
             work.wait()
 
