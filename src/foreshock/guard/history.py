@@ -258,8 +258,8 @@ class History:
         content = snapshot_file.read(where)
         if self._ranks.size > 1 or content.ranks not in (None, 1):
             raise ValueError(
-                f"path is {str(where)!r}, which has the part of one of {content.ranks} ranks, for "
-                f"{self._ranks.size}; accepted: the directory that has the parts of all"
+                f"path is {str(where)!r}, one part of {content.ranks or 1}, for {self._ranks.size} "
+                "ranks; accepted: the directory that has all parts"
             )
         return where, snapshot_in(content)
 
