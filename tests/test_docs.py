@@ -20,8 +20,9 @@ EXAMPLES = [
 NOT_OURS = [
     "ignore:`isinstance(treespec, LeafSpec)` is deprecated:FutureWarning",
     "ignore:The 'train_dataloader' does not have many workers",
+    "ignore:torch.distributed is disabled",
 ]
-"""Warnings of Lightning's own code, and of its taste."""
+"""Warnings of Lightning's own code, and of its taste; of torch when it is told no_dist=True."""
 
 
 def test_there_are_examples() -> None:

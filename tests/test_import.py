@@ -40,6 +40,7 @@ def test_public_names_are_there_without_extension_and_triton() -> None:
         fs.ops.health_scan, fs.ops.HealthScanner, fs.Monitor, fs.Guard, fs.Verdict, fs.Action
         fs.records.TelemetryWriter, fs.records.read_telemetry, fs.__version__
         assert set(dir(fs)) >= {"Monitor", "Guard", "ops", "records"}
+        assert "torch.distributed.checkpoint" not in sys.modules  # half a second
         try:
             fs.nonsense
         except AttributeError as error:

@@ -293,14 +293,18 @@ class Monitor:
         buffers, optimizer, registered state, random generators and the monitor's own counts are
         put back in place. Nothing that is read is ever run.
 
+        On many ranks all call it, and agree on the snapshot. It may be of another number of ranks,
+        or split in another way; all must see the whole directory then.
+
         Args:
-            path: a directory of snapshots, or one of them; default `guard.persist_dir`.
+            path: a directory of snapshots, or one process's file; default `guard.persist_dir`.
         Returns:
             The step to go on from; None if there is no snapshot yet, as in the first process of a
             run. One that is damaged is refused and recorded, and the next older one used.
         Raises:
-            ValueError: there is no path; the snapshot is of another model, optimizer or state; none
-                of those in the directory can be used.
+            ValueError: there is no path; the snapshot is of another model, optimizer or state, or
+                has something that cannot be split as it is here; none of those in the directory can
+                be used.
             RuntimeError: steps have been run already.
         """
         where = self._guard.persist_dir if path is None else Path(path)

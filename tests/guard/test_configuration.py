@@ -37,6 +37,7 @@ def test_defaults_are_the_specified_ones() -> None:
         "snapshot_interval": 100,
         "depth": 3,
         "persist_dir": None,
+        "neighbor_copies": False,
         "clean_steps": 2,
         "min_depth": 0,
         "check_interval": 1,
@@ -103,6 +104,12 @@ def test_a_directory_for_snapshots_that_are_never_taken_is_refused(mode: Any) ->
     with pytest.raises(ValidationError, match=r"takes no snapshots; accepted: with mode='recover'"):
         fs.Guard(mode=mode, persist_dir="x")
     assert fs.Guard(mode="recover", persist_dir="x").persist_dir is not None
+
+
+def test_copies_need_a_directory_to_be_in() -> None:
+    with pytest.raises(ValidationError, match="neighbor_copies is True without persist_dir"):
+        fs.Guard(mode="recover", neighbor_copies=True)
+    assert fs.Guard(mode="recover", persist_dir="x", neighbor_copies=True).neighbor_copies
 
 
 def test_a_seal_needs_a_step_that_confirms_a_snapshot() -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from foreshock.guard import SnapshotDropped, SnapshotNotSaved, SnapshotSaved
-from foreshock.guard.persistence import Saver, SnapshotFolder, find_newest
-from foreshock.guard.snapshot_file import DamagedFile
+from foreshock.guard import SnapshotNotSaved, SnapshotSaved
+from foreshock.guard.parts import SnapshotFolder, copies_of, file_in, steps_in
+from foreshock.guard.persistence import Saver
 from foreshock.guard.snapshots import Snapshot, checksum
 
 
@@ -62,10 +62,10 @@ def test_a_disk_that_is_too_slow_costs_snapshots_and_not_time_or_memory(
     go_on, begun = threading.Event(), threading.Event()
     real = SnapshotFolder.write
 
-    def slow(self: SnapshotFolder, content: Any) -> int:
+    def slow(self: SnapshotFolder, step: int, pages: Any) -> int:
         begun.set()
         assert go_on.wait(10)
-        return real(self, content)
+        return real(self, step, pages)
 
     monkeypatch.setattr(SnapshotFolder, "write", slow)
     saver = Saver(folder, 9)
@@ -115,35 +115,62 @@ def test_closing_waits_for_what_is_still_to_be_written(folder: SnapshotFolder) -
     assert Saver(folder, 1).close()  # that had nothing to do
 
 
-# ---- finding
+# ---- with a neighbour
 
 
-def test_the_newest_that_is_whole_is_found_and_the_others_told_of(folder: SnapshotFolder) -> None:
-    saver = Saver(folder, 9)
-    save_all(saver, 0, 10, 20)
+class Handed:
+    """A neighbour that gives back what it is given, and remembers of which steps."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def hand_on(self, step: int, pages: Any, take: Any, by: int) -> int:
+        assert by == 1
+        self.steps.append(step)
+        for page in pages:
+            take(page)
+        return sum(map(len, pages))
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> SnapshotFolder:
+    return SnapshotFolder(tmp_path / "snapshots", 0, 2)
+
+
+def test_what_is_written_is_handed_on_byte_by_byte(shared: SnapshotFolder) -> None:
+    saver = Saver(shared, 2)
+    saver.neighbor = Handed()  # type: ignore[assignment]
+    events = save_all(saver, 0, 10, 20)
+    copies = copies_of(shared.root, 1, 2)
+    assert steps_in(copies) == shared.steps() == [10, 20]
+    assert file_in(copies, 20).read_bytes() == shared.file(20).read_bytes()
+    assert [type(event) for event in events] == [SnapshotSaved] * 3
     saver.close()
-    folder.file(20).write_bytes(b"not much")
-    told: list[SnapshotDropped] = []
-    found = find_newest(folder.path, told.append)
-    assert found is not None
-    path, snapshot = found
-    assert (path, snapshot.step) == (folder.file(10), 10)
-    assert snapshot.saved["parameters"]["w"][0] == 10
-    assert [event.step for event in told] == [20]
-    assert str(folder.file(20)) in told[0].why
 
 
-def test_there_may_be_none(folder: SnapshotFolder) -> None:
-    assert find_newest(folder.path, print) is None
-    folder.path.mkdir()
-    assert find_newest(folder.path, print) is None
+def test_what_was_given_to_save_is_handed_on_whatever_becomes_of_it(
+    shared: SnapshotFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other rank may be waiting for it already."""
+    go_on = threading.Event()
+    real = SnapshotFolder.forget_after
 
+    def slow(self: SnapshotFolder, step: int) -> None:
+        assert go_on.wait(10)
+        real(self, step)
 
-def test_a_file_that_was_asked_for_by_name_is_not_passed_over(folder: SnapshotFolder) -> None:
-    saver = Saver(folder, 9)
-    save_all(saver, 0, 10)
+    monkeypatch.setattr(SnapshotFolder, "forget_after", slow)
+    saver, handed, bad = Saver(shared, 9), Handed(), snapshot_at(40)
+    saver.neighbor = handed  # type: ignore[assignment]
+    saver.forget_after(30)
+    saver.save(snapshot_at(20))
+    saver.forget_after(10)
+    go_on.set()
+    saver.wait()
+    assert handed.steps == [20]
+    assert shared.steps() == []
+    bad.saved["parameters"]["w"].view(torch.int32)[3] ^= 1 << 20
+    saver.save(bad)
+    saver.wait()
+    assert handed.steps == [20, 40]
     saver.close()
-    assert find_newest(folder.file(0), print)[1].step == 0  # type: ignore[index]
-    folder.file(10).write_bytes(b"")
-    with pytest.raises(DamagedFile):
-        find_newest(folder.file(10), print)

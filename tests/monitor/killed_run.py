@@ -20,7 +20,7 @@ import torch
 
 import foreshock as fs
 from foreshock.guard import snapshot_file
-from foreshock.guard.persistence import SnapshotFolder
+from foreshock.guard.parts import SnapshotFolder
 from tests.monitor import training as t
 
 EPOCHS = 12
@@ -86,6 +86,14 @@ def fork(folder: Path) -> tuple[int, int]:
         return pid, int(told.readline())
 
 
+def is_whole(file: Path) -> bool:
+    try:
+        snapshot_file.check(file)
+    except snapshot_file.DamagedFile:
+        return False
+    return True
+
+
 def main(where: Path, kills: int, seed: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     snapshot_file._WRITE_BYTES = 256  # type: ignore[misc]
@@ -110,10 +118,7 @@ def main(where: Path, kills: int, seed: int) -> dict[str, Any]:
         _, status = os.waitpid(pid, 0)
         snapshots = SnapshotFolder(folder / "snapshots")
         # Whatever has the name of a snapshot is one.
-        found["unreadable"] += sum(
-            not isinstance(content, snapshot_file.Content)
-            for _, content in snapshots.newest_first()
-        )
+        found["unreadable"] += sum(not is_whole(snapshots.file(s)) for s in snapshots.steps())
         found["leftovers"] += len(list((folder / "snapshots").glob(".step_*")))
         if os.WIFEXITED(status):
             found["ends"] += 1

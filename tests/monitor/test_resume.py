@@ -25,8 +25,9 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 import foreshock as fs
 from foreshock import monitor as monitor_module
-from foreshock.guard import LaggingWatch
-from foreshock.guard.persistence import Saver, SnapshotFolder
+from foreshock.guard import LaggingWatch, snapshot_file
+from foreshock.guard.parts import SnapshotFolder
+from foreshock.guard.persistence import Saver
 from foreshock.guard.snapshots import Snapshot
 from foreshock.records import read_summary, verify
 from tests.monitor import training as t
@@ -449,6 +450,23 @@ def test_the_snapshot_of_another_run_is_refused_before_anything_is_touched(
         with pytest.raises(ValueError, match=said):
             monitor.resume()
         assert t.differing(t.state_of(run), before) == []
+
+
+def test_one_part_of_a_snapshot_of_many_ranks_is_not_taken_for_all_of_it(tmp_path: Path) -> None:
+    train_and_die(make(), tmp_path, 8)
+    own = SnapshotFolder(tmp_path / "snapshots").file(6)
+    folder = SnapshotFolder(tmp_path / "other", 1, 2)
+    folder.write(6, folder.pages_of(snapshot_file.read(own)))
+    with guarded(make(), tmp_path, persist_dir=None) as monitor:
+        with pytest.raises(ValueError, match=r"one part of 2, for 1 ranks; accepted"):
+            monitor.resume(folder.file(6))
+        with pytest.raises(ValueError, match=r"none of the 1 snapshots"):
+            monitor.resume(folder.root)
+    run = make()
+    monitor = guarded(run, tmp_path, persist_dir=folder.root)
+    with pytest.raises(FileExistsError, match=r"earlier run's snapshots, up to step 6"):
+        t.train(run, monitor)
+    die(monitor)
 
 
 def test_resume_says_what_it_does_not_accept(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import itertools
 import math
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +20,7 @@ from torch import nn
 import foreshock as fs
 from foreshock.distributed_part import local_part
 from foreshock.guard import snapshot_file
-from foreshock.guard.joint_history import folder_of
-from foreshock.guard.persistence import SnapshotFolder
+from foreshock.guard.parts import SnapshotFolder, folder_of
 from tests.monitor.training import flip_exponent
 from tests.ranks.training import (
     KINDS,
@@ -298,23 +298,23 @@ def check_no_way_back_on_one_rank_ends_the_run_on_all(out: Path) -> None:
 @ranks(2)
 def check_a_disk_that_fails_on_one_rank_leaves_the_others_parts_where_they_are(out: Path) -> None:
     """Or there would be no snapshot left of which all parts are there."""
-    inner = snapshot_file.write
+    inner = snapshot_file.write_pages
 
-    def write(path: Path, content: Any) -> int:
-        if dist.get_rank() == 1 and content.step > 2:
+    def write_pages(path: Path, pages: Any) -> int:
+        if dist.get_rank() == 1 and path.stem > "step_000000002":
             raise OSError("no space left")
-        return inner(path, content)
+        return inner(path, pages)
 
     def wait(run: Run, step: int) -> None:
         assert run.saver is not None
         run.saver.wait()  # so that every snapshot is written, however slow the disk
 
-    snapshot_file.write = write
+    snapshot_file.write_pages = write_pages
     try:
         where = {"persist_dir": out / "kept", "snapshot_interval": 2, "depth": 1}
         train("fsdp2", out / "one", at_step=wait, **where)
     finally:
-        snapshot_file.write = inner
+        snapshot_file.write_pages = inner
     steps = gathered(SnapshotFolder(folder_of(out / "kept", dist.get_rank())).steps())
     assert steps[1][-1] == 2, steps
     assert {2, 12} <= set(steps[0]), steps
@@ -324,17 +324,28 @@ def check_a_disk_that_fails_on_one_rank_leaves_the_others_parts_where_they_are(o
 
 
 @ranks(2)
-def check_snapshots_of_another_number_of_ranks_are_refused(out: Path) -> None:
+def check_parts_that_do_not_say_of_how_many_they_are_are_for_as_many_ranks_only(out: Path) -> None:
+    """As those that were written before parts did."""
     train("ddp", out / "one", persist_dir=out / "kept", snapshot_interval=2)
+    own = SnapshotFolder(out / "kept", dist.get_rank(), 2)
+    for step in own.steps():
+        content = snapshot_file.read(own.file(step))
+        snapshot_file.write(own.file(step), content._replace(ranks=None))
     gathered(None)
+
+    def resume() -> int | None:
+        run = make_run("ddp", out, How())
+        with fs.Monitor(run.model, run.optimizer, out / "again", fs.Guard()) as monitor:
+            return monitor.resume(out / "kept")
+
+    assert resume() == own.steps()[-1]
     if dist.get_rank() == 0:
-        folder_of(out / "kept", dist.get_world_size()).mkdir()
+        shutil.copytree(own.path, folder_of(out / "kept", 2))
     gathered(None)
-    run = make_run("ddp", out, How())
-    monitor = fs.Monitor(run.model, run.optimizer, out / "again", fs.Guard())
-    with pytest.raises(ValueError, match="not those of"):
-        monitor.resume(out / "kept")
-    monitor.finalize()
+    with pytest.raises(ValueError, match=r"none of the 3 snapshots.*accepted"):
+        resume()
+    told = fs.records.read_telemetry(out / "again" / "telemetry.jsonl").records
+    assert "does not say of how many" in str(told[-2:])
 
 
 @ranks(2)

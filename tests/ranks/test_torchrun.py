@@ -44,23 +44,26 @@ def torchrun(
     )
 
 
+@pytest.mark.parametrize("when", ["at a step", "handing on"])
 def test_after_kill_9_of_a_rank_the_other_ends_with_a_clear_error_and_files_are_whole(
-    tmp_path: Path,
+    tmp_path: Path, when: str
 ) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     named = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     named |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TORCHELASTIC_RESTART_COUNT": "0"}
-    command = [sys.executable, "-m", "tests.ranks.killed_run", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.ranks.killed_run", str(tmp_path), when]
     start = functools.partial(subprocess.Popen, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     ranks = [start(command, env={**os.environ, **named, "RANK": str(r)}) for r in range(2)]
     (_, error), _ = finish(ranks, timeout=100)
     assert [rank.returncode for rank in ranks] == [1, -9]
     assert "onnection closed by peer" in error or "onnection reset" in error
     assert read_telemetry(tmp_path / "run" / "telemetry.jsonl").records
-    files = [*(tmp_path / "snapshots").glob("rank_*/step_*.safetensors")]
-    assert {file.parent.name for file in files} == {"rank_00000", "rank_00001"}
+    files = [*(tmp_path / "snapshots").glob("rank_*/**/step_*.safetensors")]
+    folders = {file.parent.name for file in files} - {"of_rank_00000", "of_rank_00001"}
+    assert folders == {"rank_00000", "rank_00001"}
+    assert len({file.parent for file in files}) == (4 if when == "handing on" else 2)
     for file in files:
         snapshot_file.read(file)
 

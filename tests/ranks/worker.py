@@ -15,7 +15,9 @@ import torch.distributed as dist
 
 from tests.ranks import (
     checks_clipping,
+    checks_copies_on_disk,
     checks_costs,
+    checks_elastic,
     checks_engines,
     checks_pace,
     checks_records,
@@ -32,6 +34,8 @@ MODULES = (
     checks_recovery,
     checks_spectra,
     checks_costs,
+    checks_elastic,
+    checks_copies_on_disk,
     checks_pace,
     checks_scaler,
     checks_engines,

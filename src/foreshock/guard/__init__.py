@@ -1,5 +1,9 @@
 """Withholds bad updates, keeps copies of good state, and decides when to return to one."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from foreshock.guard.autopsy import Autopsies
 from foreshock.guard.clipping import clip_grad_norm_
 from foreshock.guard.configuration import Guard
@@ -56,6 +60,9 @@ from foreshock.guard.state import (
 from foreshock.guard.step_gate import StepGate
 from foreshock.guard.watch import Seen, Watch
 
+if TYPE_CHECKING:
+    from foreshock.guard.snapshot_reader import SnapshotReader
+
 __all__ = [
     "RESERVED_NAMES",
     "Aborted",
@@ -103,6 +110,7 @@ __all__ = [
     "Snapshot",
     "SnapshotDropped",
     "SnapshotNotSaved",
+    "SnapshotReader",
     "SnapshotRing",
     "SnapshotSaved",
     "SpikeDetector",
@@ -127,3 +135,12 @@ __all__ = [
     "named_parameters",
     "tensors_of",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when first used: torch.distributed.checkpoint takes time to import.
+    if name == "SnapshotReader":
+        from foreshock.guard.snapshot_reader import SnapshotReader
+
+        return SnapshotReader
+    raise AttributeError(f"module 'foreshock.guard' has no attribute {name!r}")

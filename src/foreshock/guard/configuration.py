@@ -28,6 +28,10 @@ class Guard(Settings):
     persist_dir: Path | None = None
     """Directory, of this run alone, to which snapshots that are known to be good are written, the
     newest `depth` of them; see `Monitor.resume`. None: they are kept in memory only."""
+    neighbor_copies: bool = False
+    """Whether each rank also keeps a copy of the parts that the rank before it writes, for where
+    `persist_dir` is on a disk of each machine: what one rank has lost is fetched from the next.
+    Each snapshot is sent and written once more. Nothing where one process trains."""
     clean_steps: NonNegativeInt = 2
     """Clean steps, each with an update, that must follow a snapshot before it may be restored."""
     min_depth: NonNegativeInt = 0
@@ -80,6 +84,15 @@ class Guard(Settings):
             raise ValueError(
                 f"persist_dir is {str(self.persist_dir)!r} with mode={self.mode!r}, which takes no "
                 "snapshots; accepted: with mode='recover'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _copies_are_of_files(self) -> Guard:
+        if self.neighbor_copies and self.persist_dir is None:
+            raise ValueError(
+                "neighbor_copies is True without persist_dir, where the copies would be; accepted: "
+                "with persist_dir"
             )
         return self
 

@@ -26,6 +26,10 @@ _LARGEST_KEY = float(1 << 52)
 """float64 counts up to here without a gap."""
 
 
+AT_WORK, STOPPED = float(1 << 17), float(1 << 34)
+"""More than there are ranks, and than these of all ranks together."""
+
+
 class RanksLost(RuntimeError):
     """The other ranks do not answer."""
 
@@ -62,7 +66,8 @@ class Share(NamedTuple):
     failed: float = 0.0
     """Ranks whose monitor has failed."""
     unsaved: float = 0.0
-    """Ranks whose part of the last snapshot is not on disk."""
+    """Ranks whose part of the last snapshot is not on disk; `AT_WORK` more for each that still has
+    to hand its part on to the next one, and `STOPPED` for each that no longer will."""
     seconds: float = 0.0
     """That the ranks were at work by themselves."""
     slow: float = 0.0
@@ -70,6 +75,16 @@ class Share(NamedTuple):
     low_words: float = 0.0
     high_words: float = 0.0
     """Weighted checksums of what several ranks hold, 0 over all ranks if they hold the same."""
+
+    @property
+    def is_one_at_work(self) -> bool:
+        """Whether a rank is still handing its part of a snapshot on."""
+        return self.unsaved % STOPPED >= AT_WORK
+
+    @property
+    def has_one_stopped(self) -> bool:
+        """Whether a rank no longer hands its parts of snapshots on."""
+        return self.unsaved >= STOPPED
 
     @property
     def have_copies_differed(self) -> bool:

@@ -10,10 +10,16 @@ from typing import Any
 import torch
 
 from foreshock.distributed_part import local_part
+from foreshock.guard import snapshot_file
 from foreshock.guard.configuration import Guard
+from foreshock.guard.containers import copy_out
 from foreshock.guard.events import Event
-from foreshock.guard.persistence import Saver, SnapshotFolder, find_newest
+from foreshock.guard.finding import Alone, Ranks, Search
+from foreshock.guard.neighbor import Neighbor
+from foreshock.guard.parts import SnapshotFolder, all_steps_in
+from foreshock.guard.persistence import Saver, snapshot_in
 from foreshock.guard.replay import BatchSource
+from foreshock.guard.resharding import Layout, with_names_of
 from foreshock.guard.snapshots import Snapshot, SnapshotRing, Standing
 from foreshock.guard.state import (
     GradientState,
@@ -58,6 +64,7 @@ class History:
         told: of each snapshot that is found unfit, is saved to disk, or cannot be.
         run: what belongs to the run, but not to its state: counts of rollbacks, and the like.
         only_trainable: whether parameters that require no gradient are left out of snapshots.
+        ranks: that have the other parts of the snapshots.
     """
 
     def __init__(
@@ -70,7 +77,9 @@ class History:
         run: Mapping[str, Stateful] | None = None,
         *,
         only_trainable: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
+        self._ranks = ranks or Alone()
         parameters = named_parameters(model, optimizer)
         self._gradients = GradientState(parameters)
         parts: dict[str, Part] = {
@@ -85,11 +94,19 @@ class History:
             _RUN: _Several(run or {}),
         }
         self._parts = parts
-        self.ring = SnapshotRing(parts, guard.depth, guard.clean_steps, told)
         self._guard = guard
         self._told = told
-        self._folder = None if guard.persist_dir is None else SnapshotFolder(guard.persist_dir)
+        self._folder = (
+            None
+            if guard.persist_dir is None
+            else SnapshotFolder(guard.persist_dir, self._ranks.rank, self._ranks.size)
+        )
+        self.ring = SnapshotRing(
+            parts, guard.depth, guard.clean_steps, told, notes_chunks=self._folder is not None
+        )
         self._saver = None if self._folder is None else Saver(self._folder, guard.depth)
+        self._neighbor: Neighbor | None = None
+        """Who has a copy of what this rank saves."""
         self._may_write = False
         self._resumed: Snapshot | None = None
         """From another process, while the loop that it was taken in is not open yet."""
@@ -185,9 +202,14 @@ class History:
         self._tell_of_saving()
         good = [kept for kept in self.ring.entries if kept.standing is Standing.KNOWN_GOOD]
         # Not before a step has been run from it: only then it is known where an epoch ends.
-        if good and good[-1].clean_steps and not good[-1].was_given_to_saver:
+        is_new = good and good[-1].clean_steps and not good[-1].was_given_to_saver
+        if is_new and self._may_save:
             good[-1].was_given_to_saver = True
             self._save(self._saver, good[-1])
+
+    @property
+    def _may_save(self) -> bool:
+        return True
 
     def _save(self, saver: Saver, snapshot: Snapshot) -> None:
         saver.save(snapshot)
@@ -200,10 +222,10 @@ class History:
         """Not to mix up two runs, of which the older may have the higher steps."""
         if self._folder is None or self._may_write:
             return
-        steps = self._folder.steps()
+        steps = all_steps_in(self._folder.root)
         if steps:
             raise FileExistsError(
-                f"persist_dir is {str(self._folder.path)!r}, which has an earlier run's snapshots, "
+                f"persist_dir is {str(self._folder.root)!r}, which has an earlier run's snapshots, "
                 f"up to step {steps[-1]}; accepted: an empty directory, or Monitor.resume() first"
             )
         self._may_write = True
@@ -222,8 +244,24 @@ class History:
     # ---- another process
 
     def find_saved(self, where: Path) -> tuple[Path, Snapshot] | None:
-        """The newest snapshot that can be used; see `find_newest`."""
-        return find_newest(where, self._told)
+        """The newest snapshot that can be used, and where; None if there is none at all.
+
+        Args:
+            where: a directory of snapshots, or one process's file.
+        Raises:
+            ValueError: there are snapshots, and none of them can be used; see `Search`.
+            DamagedFile, OSError: the file that was asked for cannot be used.
+        """
+        if not where.is_file():
+            search = Search(where, self._ranks, Layout(self._parts), self._told, self._neighbor)
+            return search.newest()
+        content = snapshot_file.read(where)
+        if self._ranks.size > 1 or content.ranks not in (None, 1):
+            raise ValueError(
+                f"path is {str(where)!r}, one part of {content.ranks or 1}, for {self._ranks.size} "
+                "ranks; accepted: the directory that has all parts"
+            )
+        return where, snapshot_in(content)
 
     def resume(self, snapshot: Snapshot, path: Path) -> None:
         """Makes the state what it was when another process took a snapshot.
@@ -234,6 +272,9 @@ class History:
         Raises:
             ValueError: it is of another model, optimizer or state.
         """
+        self._refuse_other_state(snapshot.saved)
+        named = {**self._parts["parameters"].live(), **self._parts["buffers"].live()}
+        snapshot.saved = with_names_of(named, snapshot.saved)
         self._refuse_other_run(snapshot.saved)
         for name in _SIGNALS:
             self._try_signal(name, snapshot)
@@ -241,7 +282,7 @@ class History:
         self.ring.restore(snapshot)
         self._resumed = None if snapshot.place is None else snapshot
         self.has_start = True
-        if self._folder is not None and path.resolve().parent == self._folder.path.resolve():
+        if self._folder is not None and self._folder.has(path):
             self._folder.set_aside_after(snapshot.step)
             self._may_write = True
             snapshot.was_given_to_saver = True
@@ -253,15 +294,18 @@ class History:
             self._parts[name].restore(snapshot.saved[name])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             _log.warning("%s begins anew: other settings than in the snapshot (%s)", name, error)
-            del snapshot.saved[name]
+            # So that a rollback begins anew too, and what it has yet to learn may be NaN.
+            snapshot.saved[name] = copy_out(self._parts[name].live())
 
-    def _refuse_other_run(self, saved: Mapping[str, Any]) -> None:
+    def _refuse_other_state(self, saved: Mapping[str, Any]) -> None:
         here, there = (set(parts) - {*_SIGNALS, _RUN} for parts in (self._parts, saved))
         if here != there:
             raise ValueError(
                 f"state is not that of the snapshot: missing here {sorted(there - here)}, missing "
                 f"there {sorted(here - there)}; accepted: the same names"
             )
+
+    def _refuse_other_run(self, saved: Mapping[str, Any]) -> None:
         for part in ("parameters", "buffers"):
             _refuse_other_tensors(part, self._parts[part].live(), saved[part])
         live = self._parts["optimizer"].live()

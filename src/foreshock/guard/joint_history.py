@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
 
 from foreshock.guard.configuration import Guard
-from foreshock.guard.consensus import Consensus
+from foreshock.guard.consensus import AT_WORK, STOPPED, Consensus
 from foreshock.guard.events import Event, SnapshotDropped
+from foreshock.guard.finding import NO_STEP, newest_of_all
 from foreshock.guard.history import History
-from foreshock.guard.persistence import Saver, SnapshotFolder, find_newest
+from foreshock.guard.neighbor import Neighbor
+from foreshock.guard.persistence import Saver
 from foreshock.guard.snapshots import Snapshot
 from foreshock.guard.state import Stateful
-
-_NONE = -1
-
-
-def folder_of(path: Path, rank: int) -> Path:
-    """Where a rank keeps its parts of the snapshots."""
-    return path / f"rank_{rank:05d}"
 
 
 class JointHistory(History):
@@ -48,17 +42,24 @@ class JointHistory(History):
         only_trainable: bool = False,
     ) -> None:
         super().__init__(
-            model, optimizer, state, guard, self._tell, run, only_trainable=only_trainable
+            model,
+            optimizer,
+            state,
+            guard,
+            self._tell,
+            run,
+            only_trainable=only_trainable,
+            ranks=ranks,
         )
-        self._ranks = ranks
         self._tell_of = told
         self._sharded = [m for m in model.modules() if hasattr(m, "reshard")]
         self._has_lost = self._is_agreeing = False
         self._given: int | None = None
-        self.last_tried = _NONE
+        self._are_all_ready = True
+        self.last_tried = NO_STEP
         """The last step of which a snapshot was taken, or would have been."""
         if self._saver is not None:
-            self._saver.removes_before = _NONE
+            self._saver.removes_before = NO_STEP
 
     def _tell(self, event: Event) -> None:
         if self._is_agreeing and self._ranks.rank:
@@ -75,18 +76,42 @@ class JointHistory(History):
 
     def _save(self, saver: Saver, snapshot: Snapshot) -> None:
         self._given = snapshot.step
+        self._are_all_ready = False
         super()._save(saver, snapshot)
 
     def return_to(self, snapshot: Snapshot, fetched_since: int = 0) -> None:
         super().return_to(snapshot, fetched_since)
         self._given = None
         if self._saver is not None:
-            self._saver.removes_before = _NONE
+            self._saver.removes_before = NO_STEP
+
+    def keep_copies(self, neighbor: Neighbor) -> None:
+        """Has what each rank saves handed on to the next."""
+        self._neighbor = neighbor
+        if self._saver is not None:
+            self._saver.neighbor = neighbor
 
     @property
-    def has_unsaved(self) -> bool:
-        """Whether this rank's part of what was to be written last is not on disk."""
-        return self._saver is None or self._given is None or self._saver.saved_step != self._given
+    def _may_save(self) -> bool:
+        # Or one might wait for a snapshot that another rank has passed over.
+        return self._neighbor is None or self._are_all_ready
+
+    @property
+    def unsaved(self) -> float:
+        """What this rank adds to `Share.unsaved`."""
+        saver = self._saver
+        if saver is None:
+            return 1.0
+        is_unsaved = self._given is None or saver.saved_step != self._given
+        if self._neighbor is None:
+            return float(is_unsaved)
+        return is_unsaved + AT_WORK * saver.is_at_work + STOPPED * (saver.neighbor is None)
+
+    def note_all_ready(self, *, are_copied: bool) -> None:
+        """No rank is at work; the next snapshot may be saved, with copies or without."""
+        self._are_all_ready = True
+        if self._saver is not None and not are_copied:
+            self._saver.neighbor = None
 
     def note_all_saved(self) -> None:
         """All parts of it are on disk; what is older may be removed."""
@@ -108,8 +133,8 @@ class JointHistory(History):
         """
         steps = sorted(kept.step for kept in self.ring.entries)
         complete = []
-        bound = steps[-1] if steps else _NONE
-        while (step := self._newest_of_all(steps, bound)) != _NONE:
+        bound = steps[-1] if steps else NO_STEP
+        while (step := newest_of_all(self._ranks, steps, bound)) != NO_STEP:
             complete.append(step)
             bound = step - 1
         self._is_agreeing = True
@@ -120,51 +145,7 @@ class JointHistory(History):
         bound = step - self._guard.min_depth
         while True:
             mine = self.ring.newest_good(bound)
-            low, high = self._ranks.bounds(_NONE if mine is None else mine.step)
+            low, high = self._ranks.bounds(NO_STEP if mine is None else mine.step)
             if low == high:
                 return mine
-            bound = low
-
-    def find_saved(self, where: Path) -> tuple[Path, Snapshot] | None:
-        """The newest snapshot of which all ranks find their part, in a directory of each.
-
-        Raises:
-            ValueError: it was another number of ranks that has left them.
-        """
-        own = SnapshotFolder(folder_of(where, self._ranks.rank))
-        steps = own.steps()
-        self._refuse_other_ranks(where, has_some=bool(steps))
-        bound = steps[-1] if steps else _NONE
-        while (step := self._newest_of_all(steps, bound)) != _NONE:
-            found = self._find_part(own.file(step))
-            if self._ranks.bounds(0 if found is None else 1)[0]:
-                return found
-            bound = step - 1
-        return None
-
-    def _refuse_other_ranks(self, where: Path, *, has_some: bool) -> None:
-        size = self._ranks.size
-        low, high = self._ranks.bounds(int(has_some))
-        are_all, _ = self._ranks.bounds(int(not folder_of(where, size).exists()))
-        if low != high or not are_all:
-            raise ValueError(
-                f"the snapshots in {str(where)!r} are not those of {size} ranks; accepted: as many "
-                "ranks as have taken them, each of which finds its own"
-            )
-
-    def _find_part(self, file: Path) -> tuple[Path, Snapshot] | None:
-        try:
-            return find_newest(file, self._told)
-        except (ValueError, OSError) as error:
-            step = int(file.stem.removeprefix("step_"))
-            self._told(SnapshotDropped(step, f"{file}: {error}"))
-            return None
-
-    def _newest_of_all(self, steps: list[int], bound: int) -> int:
-        """The newest step up to this one that every rank has among its own; -1: there is none."""
-        while True:
-            mine = max((step for step in steps if step <= bound), default=_NONE)
-            low, high = self._ranks.bounds(mine)
-            if low == high:
-                return low
             bound = low

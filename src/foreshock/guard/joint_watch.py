@@ -25,7 +25,8 @@ from foreshock.guard.events import (
 )
 from foreshock.guard.history import History
 from foreshock.guard.inspection import Finding
-from foreshock.guard.joint_history import JointHistory, folder_of
+from foreshock.guard.joint_history import JointHistory
+from foreshock.guard.neighbor import Neighbor
 from foreshock.guard.pace import Pace
 from foreshock.guard.policy import Signs
 from foreshock.guard.split_gradients import add_up_partial, shares_of
@@ -82,11 +83,14 @@ class JointWatch(Watch):
         self._is_unstable_here = self._asks_for_snapshot = self._asks_for_lower_rate = False
         self._in_scaler: object = None
         """The step in which a GradScaler was called last."""
-        of_rank = _for_rank(guard, ranks.rank)
-        super().__init__(model, optimizer, state, of_rank, record, only_trainable=only_trainable)
+        # No snapshot is trusted that another rank may have lost.
+        guard = guard.model_copy(update={"clean_steps": max(1, guard.clean_steps)})
+        super().__init__(model, optimizer, state, guard, record, only_trainable=only_trainable)
         named = named_parameters(model, optimizer)
         ranks.require_same("model", [(name, tuple(p.shape)) for name, p in named.items()])
         ranks.require_same("guard", guard.model_dump(mode="json", exclude={"persist_dir"}))
+        if guard.neighbor_copies:
+            self.history.keep_copies(Neighbor(ranks))
         self._shares = shares_of(self.parameters, ranks.size)
         self._is_split = any(map(is_split, self.parameters))
         self._copies = Copies(named, optimizer, ranks)
@@ -190,7 +194,7 @@ class JointWatch(Watch):
             wants_snapshot=self._asks_for_snapshot,
             wants_lower_rate=self._asks_for_lower_rate,
             lost_snapshots=self.history.has_lost(),
-            unsaved=self.history.has_unsaved,
+            unsaved=self.history.unsaved,
             seconds=self._own_seconds(loss),
             slow=self._is_slow,
             low_words=low_words,
@@ -227,6 +231,8 @@ class JointWatch(Watch):
             self._is_slow = self._pace.is_news(mine, heard.seconds, self._ranks.size)
         if not heard.unsaved:
             self.history.note_all_saved()
+        if not heard.is_one_at_work:
+            self.history.note_all_ready(are_copied=not heard.has_one_stopped)
         self._wants_snapshot |= heard.wants_snapshot > 0
 
     def _own_seconds(self, loss: float | None) -> float:
@@ -391,11 +397,3 @@ class JointWatch(Watch):
 
 def _finding_of(heard: Share) -> Finding:
     return Finding(int(heard.gradient_nan), int(heard.gradient_inf), heard.gradient_sumsq)
-
-
-def _for_rank(guard: Guard, rank: int) -> Guard:
-    """A guard that keeps this rank's files, and trusts no snapshot that others may have lost."""
-    own: dict[str, Any] = {"clean_steps": max(1, guard.clean_steps)}
-    if guard.persist_dir is not None:
-        own["persist_dir"] = folder_of(guard.persist_dir, rank)
-    return guard.model_copy(update=own)

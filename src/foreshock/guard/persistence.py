@@ -1,88 +1,21 @@
-"""Snapshots on disk: written by a thread beside the training, found by a later process."""
+"""Snapshots on their way to disk: written by a thread beside the training."""
 
 from __future__ import annotations
 
 import contextlib
-import re
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from foreshock.guard import snapshot_file
 from foreshock.guard.containers import copy_out
-from foreshock.guard.events import SnapshotDropped, SnapshotNotSaved, SnapshotSaved
-from foreshock.guard.snapshot_file import Content, DamagedFile
+from foreshock.guard.events import SnapshotNotSaved, SnapshotSaved
+from foreshock.guard.neighbor import Neighbor
+from foreshock.guard.parts import SnapshotFolder
+from foreshock.guard.snapshot_file import Content
 from foreshock.guard.snapshots import Snapshot, checksum
 
-SaveEvent = SnapshotSaved | SnapshotNotSaved | SnapshotDropped
-
-_NAME = re.compile(r"step_(\d{9,})\.safetensors")
-_LEFTOVER = ".step_*.safetensors.*.tmp"
-
-
-class SnapshotFolder:
-    """The snapshots of one run, a file each.
-
-    Args:
-        path: a directory; made when the first is written.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def steps(self) -> list[int]:
-        """Steps of the snapshots in it, oldest first."""
-        found = (_NAME.fullmatch(name) for name in _names_in(self.path))
-        return sorted(int(name[1]) for name in found if name is not None)
-
-    def file(self, step: int) -> Path:
-        """Where the snapshot of a step is."""
-        return self.path / f"step_{step:09d}.safetensors"
-
-    def write(self, content: Content) -> int:
-        """Writes a snapshot; see `snapshot_file.write`."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        return snapshot_file.write(self.file(content.step), content)
-
-    def keep(self, depth: int, before: int | None = None) -> None:
-        """Removes all but the newest, none of this step or a later one."""
-        for step in self.steps()[:-depth]:
-            if before is None or step < before:
-                self.file(step).unlink(missing_ok=True)
-
-    def forget_after(self, step: int) -> None:
-        """Removes those of later steps, which a rollback has made untrue."""
-        for later in self.steps():
-            if later > step:
-                self.file(later).unlink(missing_ok=True)
-
-    def set_aside_after(self, step: int) -> None:
-        """Renames those of later steps, which could not be used."""
-        for later in self.steps():
-            if later > step:
-                self.file(later).rename(self.file(later).with_suffix(".damaged"))
-
-    def clear_leftovers(self) -> None:
-        """Removes what writers that were killed have left behind."""
-        for leftover in self.path.glob(_LEFTOVER):
-            leftover.unlink(missing_ok=True)
-
-    def newest_first(self) -> Iterator[tuple[Path, Content | DamagedFile | OSError]]:
-        """The snapshots, or why one cannot be used."""
-        for step in reversed(self.steps()):
-            path = self.file(step)
-            try:
-                yield path, snapshot_file.read(path)
-            except (DamagedFile, OSError) as error:
-                yield path, error
-
-
-def _names_in(path: Path) -> list[str]:
-    try:
-        return [entry.name for entry in path.iterdir()]
-    except FileNotFoundError:
-        return []
+SaveEvent = SnapshotSaved | SnapshotNotSaved
 
 
 class Saver:
@@ -91,23 +24,30 @@ class Saver:
     One snapshot is being written and one may wait; one that waits when the next comes is passed
     over, so that a disk that is too slow costs snapshots on disk, not memory and not time.
 
+    With a neighbour, what is written is handed to it too, and what it writes is kept as a copy.
+    All ranks then have the same snapshots saved in the same order: none waits when the next comes,
+    and none is taken back. If the others do not answer, that is told of once, and no copies are
+    made from then on.
+
     Args:
         folder: where to.
         depth: files kept.
     Cost:
-        One thread, two reads of the snapshot and one write to disk each. The training loop waits
-        for none of it.
+        One thread, two reads of the snapshot and one write to disk each; with a neighbour one more
+        read, a second write, and what is sent. The training loop waits for none of it.
     """
 
     def __init__(self, folder: SnapshotFolder, depth: int) -> None:
         self._folder = folder
         self._depth = depth
+        self.neighbor: Neighbor | None = None
+        """Whose copy this rank keeps, and who keeps that of this one."""
         self.removes_before: int | None = None
         """Older ones than of this step are removed when there are too many; None: any."""
         self.saved_step = -1
         """Of the snapshot that was written last."""
-        self._waiting: Snapshot | None = None
-        self._forget_after: int | None = None
+        self._jobs: deque[Snapshot | int] = deque()
+        """Snapshots to be written, and steps after which they are to be removed."""
         self._is_closing = False
         self._is_busy = False
         self._events: list[SaveEvent] = []
@@ -117,25 +57,18 @@ class Saver:
     def save(self, snapshot: Snapshot) -> None:
         """Has a snapshot written that is known to be good."""
         with self._changed:
-            if self._waiting is not None:
-                self._waiting.is_being_saved = False
+            for waiting in self._withdrawn(after=-1):
                 why = "the one after it came before the disk was ready"
-                self._events.append(SnapshotNotSaved(self._waiting.step, why))
+                self._events.append(SnapshotNotSaved(waiting.step, why))
             snapshot.is_being_saved = True
-            self._waiting = snapshot
-            self._start()
-            self._changed.notify_all()
+            self._add(snapshot)
 
     def forget_after(self, step: int) -> None:
         """Has those of later steps removed."""
         with self._changed:
-            if self._waiting is not None and self._waiting.step > step:
-                self._waiting.is_being_saved = False
-                self._waiting = None
-            before = self._forget_after
-            self._forget_after = step if before is None else min(step, before)
-            self._start()
-            self._changed.notify_all()
+            if self.neighbor is None:
+                self._withdrawn(after=step)
+            self._add(step)
 
     def events(self) -> list[SaveEvent]:
         """What has happened since this was asked last."""
@@ -155,59 +88,99 @@ class Saver:
     def wait(self) -> None:
         """Waits until nothing is left to be written."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._has_work() and not self._is_busy)
+            self._changed.wait_for(lambda: not self.is_at_work)
 
-    def _has_work(self) -> bool:
-        return self._waiting is not None or self._forget_after is not None
+    @property
+    def is_at_work(self) -> bool:
+        """Whether something is left to be written or removed."""
+        with self._changed:
+            return bool(self._jobs) or self._is_busy
 
-    def _start(self) -> None:
+    def _withdrawn(self, after: int) -> list[Snapshot]:
+        """Takes back the snapshots of later steps that wait."""
+        waiting = [job for job in self._jobs if isinstance(job, Snapshot) and job.step > after]
+        for snapshot in waiting:
+            snapshot.is_being_saved = False
+            self._jobs.remove(snapshot)
+        return waiting
+
+    def _add(self, job: Snapshot | int) -> None:
+        self._jobs.append(job)
         if self._thread is None:
             # A daemon: a disk that hangs must not keep the process from ending.
             self._thread = threading.Thread(
                 target=self._run, name="foreshock-snapshot-saver", daemon=True
             )
             self._thread.start()
+        self._changed.notify_all()
 
     def _run(self) -> None:
         with contextlib.suppress(OSError):
             self._folder.clear_leftovers()
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._has_work() or self._is_closing)
-                if not self._has_work():
+                self._changed.wait_for(lambda: self._jobs or self._is_closing)
+                if not self._jobs:
                     return
-                snapshot, self._waiting = self._waiting, None
-                forget_after, self._forget_after = self._forget_after, None
+                job = self._jobs.popleft()
                 self._is_busy = True
-            event = self._work(snapshot, forget_after)
+            events = list(self._work(job))
             with self._changed:
                 self._is_busy = False
-                if event is not None:
-                    self._events.append(event)
-                if snapshot is not None:
-                    snapshot.is_being_saved = False
+                self._events += events
+                if isinstance(job, Snapshot):
+                    job.is_being_saved = False
                 self._changed.notify_all()
 
-    def _work(self, snapshot: Snapshot | None, forget_after: int | None) -> SaveEvent | None:
-        step = -1 if snapshot is None else snapshot.step
+    def _work(self, job: Snapshot | int) -> Iterator[SaveEvent]:
+        step = job.step if isinstance(job, Snapshot) else -1
         try:
-            if forget_after is not None:
-                self._folder.forget_after(forget_after)
-            if snapshot is None:
-                return None
+            if isinstance(job, Snapshot):
+                yield from self._write(job)
+            else:
+                self._folder.forget_after(job)
+        except Exception as error:  # a full disk, and whatever else: training goes on
+            yield SnapshotNotSaved(step, f"{type(error).__name__}: {error}")
+
+    def _write(self, snapshot: Snapshot) -> Iterator[SaveEvent]:
+        pages: list[memoryview] = []
+        step, path = snapshot.step, self._folder.file(snapshot.step)
+        size = 0
+        try:
             if checksum(snapshot.saved) != snapshot.checksum:
-                return SnapshotNotSaved(step, "its checksum no longer fits")
-            size = self._folder.write(content_of(snapshot))
+                yield SnapshotNotSaved(step, "its checksum no longer fits")
+            else:
+                pages = self._folder.pages_of(content_of(snapshot))
+                size = self._folder.write(step, pages)
+        except Exception as error:
+            yield SnapshotNotSaved(step, f"{type(error).__name__}: {error}")
+        # Whatever has become of it here: the others wait for it.
+        if self.neighbor is not None:
+            yield from self._exchange(self.neighbor, step, pages)
+        if size:
             self.saved_step = step
             self._folder.keep(self._depth, self.removes_before)
-            return SnapshotSaved(step, str(self._folder.file(step)), size)
-        except Exception as error:  # a full disk, and whatever else: training goes on
-            return SnapshotNotSaved(step, f"{type(error).__name__}: {error}")
+            yield SnapshotSaved(step, str(path), size)
+
+    def _exchange(
+        self, neighbor: Neighbor, step: int, pages: Sequence[memoryview]
+    ) -> Iterator[SaveEvent]:
+        copy = self._folder.incoming_copy(step)
+        try:
+            if neighbor.hand_on(step, pages, copy.take, by=1):
+                copy.finish()
+        except OSError as error:
+            yield SnapshotNotSaved(step, f"the copy of the rank before: {error}")
+        except Exception as error:
+            copy.drop()
+            self.neighbor = None
+            yield SnapshotNotSaved(step, f"no more copies of the rank before are kept: {error}")
 
 
 def content_of(snapshot: Snapshot) -> Content:
     """What is written of a snapshot."""
-    return Content(snapshot.step, {"saved": snapshot.saved, "place": snapshot.place})
+    tree = {"saved": snapshot.saved, "place": snapshot.place}
+    return Content(snapshot.step, tree, chunks=snapshot.chunks)
 
 
 def snapshot_in(content: Content) -> Snapshot:
@@ -218,31 +191,3 @@ def snapshot_in(content: Content) -> Snapshot:
     """
     saved: dict[str, Any] = dict(content.tree["saved"])
     return Snapshot(content.step, saved, place=copy_out(content.tree["place"]))
-
-
-def find_newest(
-    where: Path, refused: Callable[[SnapshotDropped], None]
-) -> tuple[Path, Snapshot] | None:
-    """The newest snapshot that is complete and unchanged, in a directory or of a file.
-
-    Args:
-        where: a directory, or one snapshot's file.
-        refused: told of each that cannot be used.
-    Returns:
-        Its file, and what is in it; None if the directory has none, or is not there.
-    Raises:
-        DamagedFile, OSError: the file that was asked for cannot be used.
-        ValueError: there are snapshots in the directory, and none of them can be used.
-    """
-    if where.is_file():
-        return where, snapshot_in(snapshot_file.read(where))
-    folder = SnapshotFolder(where)
-    count = 0
-    for path, found in folder.newest_first():
-        count += 1
-        if isinstance(found, Content):
-            return path, snapshot_in(found)
-        refused(SnapshotDropped(int(path.stem.removeprefix("step_")), f"{path}: {found}"))
-    if count:
-        raise ValueError(f"none of the {count} snapshots in {str(where)!r} can be used")
-    return None

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import math
 import os
 import secrets
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import xxhash
 
+from foreshock.distributed_part import Chunk
 from foreshock.guard.arena import in_memory_order
 from foreshock.records.posix_file import sync_descriptor, sync_directory
 
@@ -34,6 +37,10 @@ _DTYPES: dict[torch.dtype, str] = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_DTYPES_BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
+_ERRORS_OF_CONTENT = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+_SAVED = "saved."
+"""What the names of the state's tensors begin with."""
 _NUMBERS_WITHOUT_JSON = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _WRITE_BYTES = 8 << 20
 
@@ -51,6 +58,32 @@ class Content(NamedTuple):
 
     step: int
     tree: dict[str, Any]
+    rank: int = 0
+    """Whose part of the snapshot it is."""
+    ranks: int | None = None
+    """Parts of the snapshot; None in files that do not say."""
+    chunks: Mapping[str, Chunk] = MappingProxyType({})
+    """Of the tensors in `tree["saved"]` that are split over ranks, by path: which box of them the
+    part has."""
+
+
+class Header(NamedTuple):
+    """What a file says of itself."""
+
+    step: int
+    rank: int
+    ranks: int | None
+    chunks: Mapping[str, Chunk]
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+    """Type and shape of the tensors in `tree["saved"]`, by path."""
+
+
+class Box(NamedTuple):
+    """Elements of a tensor in `tree["saved"]`."""
+
+    path: str
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
 
 
 def write(path: Path, content: Content) -> int:
@@ -58,8 +91,7 @@ def write(path: Path, content: Content) -> int:
 
     Args:
         path: replaced if it exists.
-        content: numbers, texts, tensors in host memory and NumPy arrays, in dictionaries, lists and
-            tuples.
+        content: see `pages_of`.
     Returns:
         Its size in bytes.
     Raises:
@@ -69,12 +101,32 @@ def write(path: Path, content: Content) -> int:
         One read of the tensors for the checksum and one for the file; the interpreter is free for
         other threads meanwhile.
     """
+    return write_pages(path, pages_of(content))
+
+
+def pages_of(content: Content) -> list[memoryview]:
+    """The bytes of a file, those of the tensors in the memory where they are.
+
+    Args:
+        content: numbers, texts, tensors in host memory and NumPy arrays, in dictionaries, lists and
+            tuples.
+    Raises:
+        NotStorable: naming the place, what stands there and what may.
+    Cost: one read of the tensors for the checksum.
+    """
     encoder = _Encoder()
     tree = encoder.encode(content.tree, "")
     tensors = encoder.tensors
     names = list(tensors)
     order = [names[i] for i in in_memory_order(list(tensors.values()))]
-    state = {"step": content.step, "order": order, "tree": tree}
+    state = {
+        "step": content.step,
+        "rank": content.rank,
+        "ranks": content.ranks,
+        "chunks": dict(content.chunks),
+        "order": order,
+        "tree": tree,
+    }
     text = json.dumps(state, allow_nan=False, separators=(",", ":"))
     pages = [memoryview(_bytes_of(tensors[name])) for name in order]
     header: dict[str, Any] = {
@@ -87,8 +139,7 @@ def write(path: Path, content: Content) -> int:
         begin += len(page)
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
-    _write_synced(path, [memoryview(len(head).to_bytes(8, "little")), memoryview(head), *pages])
-    return 8 + len(head) + begin
+    return [memoryview(len(head).to_bytes(8, "little")), memoryview(head), *pages]
 
 
 def read(path: Path) -> Content:
@@ -98,6 +149,80 @@ def read(path: Path) -> Content:
         DamagedFile: it was cut short, changed, or is something else.
         OSError: it cannot be read.
     """
+    with _opened(path) as file:
+        tensors = {name: file.tensor(name).clone() for name in file.state["order"]}
+        file.compare(tensors.values())
+        state = file.state
+        tree = _decode(state["tree"], tensors)
+        return Content(state["step"], tree, *_origin(state))
+
+
+def read_header(path: Path) -> Header:
+    """Reads what a file says of itself; whether that is what was written, `check` says.
+
+    Raises:
+        DamagedFile, OSError: as for `read`.
+    """
+    with _opened(path) as file:
+        state = file.state
+        saved = dict(state["tree"]["dict"])["saved"]
+        names = {name.removeprefix(_SAVED): name for name in _tensor_names(saved)}
+        tensors = {path: file.form(name) for path, name in names.items()}
+        return Header(state["step"], *_origin(state), tensors)
+
+
+def check(path: Path) -> None:
+    """Reads a file through, and keeps nothing of it.
+
+    Raises:
+        DamagedFile, OSError: as for `read`.
+    """
+    with _opened(path) as file:
+        file.compare(file.tensor(name) for name in file.state["order"])
+
+
+def read_boxes(path: Path, boxes: Iterable[Box]) -> Iterator[torch.Tensor]:
+    """Reads parts of tensors, and no more of the file than that; does not check them.
+
+    Raises:
+        DamagedFile, OSError: as for `read`.
+    """
+    with _opened(path) as file:
+        for box in boxes:
+            yield file.box(_SAVED + box.path, box)
+
+
+class _Opened(NamedTuple):
+    """A file that is a snapshot by what it says."""
+
+    file: Any
+    metadata: dict[str, str]
+    state: dict[str, Any]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """In the memory of the file."""
+        found: torch.Tensor = self.file.get_tensor(name)
+        return found
+
+    def form(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        found = self.file.get_slice(name)
+        return _DTYPES_BY_NAME[found.get_dtype()], tuple(found.get_shape())
+
+    def box(self, name: str, box: Box) -> torch.Tensor:
+        if not box.sizes:
+            return self.tensor(name)
+        parts = zip(box.offsets, box.sizes, strict=True)
+        found: torch.Tensor = self.file.get_slice(name)[tuple(slice(b, b + n) for b, n in parts)]
+        return found
+
+    def compare(self, tensors: Iterable[torch.Tensor]) -> None:
+        pages = (memoryview(_bytes_of(tensor)) for tensor in tensors)
+        if _checksum(self.metadata["state"], pages) != self.metadata["checksum"]:
+            raise DamagedFile("its checksum does not fit")
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[_Opened]:
     import safetensors
 
     try:
@@ -105,21 +230,35 @@ def read(path: Path) -> Content:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
                 raise DamagedFile(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
-            state = json.loads(metadata["state"])
-            tensors = {name: file.get_tensor(name).clone() for name in state["order"]}
-        pages = [memoryview(_bytes_of(tensor)) for tensor in tensors.values()]
-        if _checksum(metadata["state"], pages) != metadata["checksum"]:
-            raise DamagedFile("its checksum does not fit")
-        return Content(state["step"], _decode(state["tree"], tensors))
-    except (safetensors.SafetensorError, KeyError, TypeError, IndexError, RecursionError) as error:
-        raise DamagedFile(f"it cannot be read as a snapshot ({error})") from error
-    except ValueError as error:
-        if isinstance(error, DamagedFile):
-            raise
+            yield _Opened(file, metadata, json.loads(metadata["state"]))
+    except DamagedFile:
+        raise
+    except (safetensors.SafetensorError, *_ERRORS_OF_CONTENT) as error:
         raise DamagedFile(f"it cannot be read as a snapshot ({error})") from error
 
 
-def _checksum(text: str, pages: list[memoryview]) -> str:
+def _origin(state: Mapping[str, Any]) -> tuple[int, int | None, dict[str, Chunk]]:
+    chunks = {
+        path: Chunk(tuple(shape), None if offsets is None else tuple(offsets), tuple(sizes))
+        for path, (shape, offsets, sizes) in state.get("chunks", {}).items()
+    }
+    return state.get("rank", 0), state.get("ranks"), chunks
+
+
+def _tensor_names(tree: Any) -> Iterator[str]:
+    """Of the tensors that stand in a tree as such, and not for something else."""
+    if isinstance(tree, list):
+        for item in tree:
+            yield from _tensor_names(item)
+    elif isinstance(tree, dict):
+        ((kind, given),) = tree.items()
+        if kind == "tensor":
+            yield given
+        elif kind in _CONTAINERS:
+            yield from _tensor_names(given)
+
+
+def _checksum(text: str, pages: Iterable[memoryview]) -> str:
     digest = xxhash.xxh3_128(text.encode())
     for page in pages:
         digest.update(page)
@@ -134,21 +273,77 @@ def _form(tensor: torch.Tensor) -> tuple[str, list[int]]:
     return _DTYPES[tensor.dtype], list(tensor.shape)
 
 
-def _write_synced(path: Path, pages: list[memoryview]) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+def write_pages(path: Path, pages: Iterable[memoryview]) -> int:
+    """Writes bytes to a file that is there as a whole or not at all.
+
+    Returns:
+        Its size in bytes.
+    Raises:
+        OSError: the file cannot be written.
+    """
+    file = Incoming(path)
+    for page in pages:
+        file.take(page)
+    return file.finish()
+
+
+class Incoming:
+    """A file that comes piece by piece, and is there when it is finished or not at all.
+
+    Args:
+        path: replaced if it exists.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+        self._descriptor: int | None = None
+        self._size = 0
+        self._error: OSError | None = None
+
+    def take(self, piece: memoryview) -> None:
+        """Writes it; after an error, which `finish` raises, it is passed over."""
+        if self._error is not None:
+            return
         try:
-            for page in pages:
-                _write_all(descriptor, page)
-            sync_descriptor(descriptor)
-        finally:
+            if self._descriptor is None:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+                self._descriptor = os.open(self._temporary, flags, 0o666)
+            _write_all(self._descriptor, piece)
+            self._size += len(piece)
+        except OSError as error:
+            self._error = error
+
+    def finish(self) -> int:
+        """Gives the file its name.
+
+        Returns:
+            Its size in bytes.
+        Raises:
+            OSError: it could not be written.
+        """
+        try:
+            if self._error is not None:
+                raise self._error
+            if self._descriptor is not None:
+                sync_descriptor(self._descriptor)
+            self._close()
+            os.replace(self._temporary, self._path)
+        except BaseException:
+            self.drop()
+            raise
+        sync_directory(self._path.parent)
+        return self._size
+
+    def drop(self) -> None:
+        """Leaves nothing of it behind."""
+        self._close()
+        self._temporary.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
             os.close(descriptor)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
 
 
 def _write_all(descriptor: int, page: memoryview) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import xxhash
 
-from foreshock.distributed_part import local_part
+from foreshock.distributed_part import Chunk, chunk_of, local_part
 from foreshock.guard.arena import Arena, Filling, in_memory_order
 from foreshock.guard.containers import arrays_in, copy_out, copy_with, tensors_in
 from foreshock.guard.events import SnapshotDropped
@@ -52,6 +52,8 @@ class Snapshot:
     checksum: str = ""
     clean_steps: int = 0
     """Steps without a fault since it was taken."""
+    chunks: dict[str, Chunk] = dataclasses.field(default_factory=dict)
+    """Of the tensors that are split over ranks, by path: what of them is here; if it was noted."""
     place: Any = None
     """Where the batches were, for another process to find."""
     was_given_to_saver: bool = False
@@ -117,6 +119,7 @@ class SnapshotRing:
             until then there is one more.
         clean_steps: clean steps that make a verified snapshot known to be good.
         dropped: told of each snapshot that is found unfit.
+        notes_chunks: whether a snapshot says how its tensors are split over ranks.
     """
 
     def __init__(
@@ -125,11 +128,14 @@ class SnapshotRing:
         depth: int,
         clean_steps: int,
         dropped: Callable[[SnapshotDropped], None],
+        *,
+        notes_chunks: bool = False,
     ) -> None:
         self._parts = parts
         self._depth = depth
         self._clean_steps = clean_steps
         self._dropped = dropped
+        self._notes_chunks = notes_chunks
         self._ring: list[Snapshot] = []
         self._meant_nonfinite: frozenset[str] | None = None
         self._spare: Arena | None = None
@@ -169,6 +175,9 @@ class SnapshotRing:
         copies = iter(arena.views)
         saved = copy_with(live, lambda t: copy_out(t) if t.is_sparse else next(copies))
         snapshot = Snapshot(step, saved, arena=arena)
+        if self._notes_chunks:
+            found = ((path, chunk_of(t)) for path, t in tensors_in(live))
+            snapshot.chunks = {path: chunk for path, chunk in found if chunk is not None}
         if arena.is_pinned:
             steady = [path.startswith(_STEADY) for path, _ in dense]
             snapshot.transfer = transfer = Transfer(arena.views, tensors, steady)

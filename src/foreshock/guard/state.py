@@ -73,6 +73,17 @@ def named_parameters(
     return {name: p for name, p in named.items() if p.requires_grad or not only_trainable}
 
 
+_WRAPPERS = ("module.", "_orig_mod.")
+"""What DistributedDataParallel and torch.compile put before the names of what they wrap."""
+
+
+def bare(name: str) -> str:
+    """The name of a parameter without what a wrapper of the model has put before it."""
+    while name.startswith(_WRAPPERS):
+        name = name.partition(".")[2]
+    return name
+
+
 class NamedTensors:
     """Parameters and buffers, those included that `state_dict` leaves out.
 
@@ -120,6 +131,11 @@ class GradientState:
             "has_value": _has_values(list(present.values())),
             "values": present if self.carries_values else {},
         }
+
+    def parameter_of(self, path: str) -> torch.Tensor | None:
+        """Whose gradient is at a dotted path in `live`, whatever a wrapper calls it."""
+        name = bare(path.removeprefix("values."))
+        return next((p for other, p in self._parameters.items() if bare(other) == name), None)
 
     def capture(self) -> Any:
         """A copy, in host memory."""
@@ -182,6 +198,14 @@ class OptimizerState:
             ],
             "state": [state.get(p) for p in self._parameters()],
         }
+
+    def parameter_of(self, path: str) -> torch.Tensor | None:
+        """Whose state is at a dotted path in `live`."""
+        kind, _, rest = path.partition(".")
+        index = rest.partition(".")[0]
+        parameters = self._parameters()
+        is_known = kind == "state" and index.isdecimal() and int(index) < len(parameters)
+        return parameters[int(index)] if is_known else None
 
     def capture(self) -> Any:
         """A copy, in host memory."""

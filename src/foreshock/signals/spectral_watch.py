@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foreshock.distributed_part import is_split
+from foreshock.distributed_part import how_split, is_split
 from foreshock.host_read import Later
 from foreshock.ops import PowerIterator
 from foreshock.ops.power_iteration import why_not_summed
@@ -218,14 +218,19 @@ class SpectralWatch:
         """Everything that later observations depend on, but the weights; shares no memory."""
         return {
             "last_step": self._last_step,
+            "split": self._split(),
             "tracker": self._tracker.state_dict(),
             "iterators": [iterator.state.state_dict() for _, iterator in self._iterators],
         }
 
+    def _split(self) -> list[str]:
+        return [how_split(matrix) for matrix in self._matrices.values()]
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Makes later observations those that the saved watch would have made, bit for bit.
 
-        Directions saved for another memory layout, or other devices, are started anew.
+        Directions saved for another memory layout, other devices, or matrices that were split over
+        ranks in another way, are started anew.
 
         Raises:
             KeyError, ValueError: it is another watch's; nothing was loaded.
@@ -234,6 +239,10 @@ class SpectralWatch:
         self._last_step = state_dict["last_step"]
         self._begun = None
         saved = state_dict["iterators"]
+        if state_dict.get("split", self._split()) != self._split():
+            # On all ranks, or some would begin with more passes, and wait in them for the others.
+            self._bind()
+            return
         try:
             for (_, iterator), state in zip(self._iterators, saved, strict=True):
                 iterator.state.load_state_dict(state)
