@@ -72,6 +72,8 @@ def check_an_overflow_in_the_shard_of_one_rank_is_that_of_all(out: Path) -> None
     hows = [How(is_fused=is_fused) for is_fused in (False, True)]
     hows += [How("none", is_fused=True), How("none", "first"), How("none", "last")]
     hows.append(How("without loss", "never"))
+    if dist.get_world_size() > 2:
+        hows = hows[:3]
     for kind in kinds():
         for number, how in enumerate(hows):
             course = Course()
@@ -92,6 +94,7 @@ def check_an_overflow_in_the_shard_of_one_rank_is_that_of_all(out: Path) -> None
                 assert max(norms(out / name)) < 10, name
 
 
+@ranks(2)
 def check_the_search_for_a_scale_is_no_alarm(out: Path) -> None:
     for kind in kinds():
         for is_fused in (False, True):
@@ -117,6 +120,7 @@ def check_a_gradient_that_is_bad_at_a_scale_of_one_is_bad_on_all_ranks(out: Path
         assert bad.offender.ranks == (1,)
 
 
+@ranks(2)
 def check_a_rollback_restores_the_scale_on_all_ranks(out: Path) -> None:
     for kind in kinds():
         for is_fused in (False, True):
@@ -165,7 +169,7 @@ def check_outside_of_a_loop_no_rank_waits_for_another(out: Path) -> None:
     """Also where nothing is touched, and the ranks' scales come to differ."""
     for kind in SCALED_KINDS:
         for mode, judges, clips in itertools.product(
-            ("observe", "skip"), ("first", "last"), ("with loss", "without loss", "none")
+            ("observe", "skip"), ("first", "last"), ("with loss", "none")
         ):
             where = out / f"{kind} {mode} {judges} {clips}"
             how = How(clips=clips, judges=judges, scale=FIT)

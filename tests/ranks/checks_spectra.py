@@ -19,6 +19,7 @@ from tests.ranks.training import (
     Run,
     assert_same_on_all_ranks,
     counted,
+    ranks,
     train,
 )
 
@@ -37,6 +38,7 @@ def check_the_spectra_of_split_matrices_are_those_of_the_whole_ones(out: Path) -
             assert config["spectral_passed_over"] == {}
 
 
+@ranks(2)
 def check_a_rank_that_loses_its_spectra_takes_them_from_all_and_nothing_hangs(out: Path) -> None:
     inner = SpectralWatch.collect
 

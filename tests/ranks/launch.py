@@ -17,6 +17,7 @@ def start(module: str, size: int, out: Path, *args: str) -> list[subprocess.Pope
     out.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-W", "error", "-m", module, str(out), str(size), *args]
     named = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TORCH_DISTRIBUTED_DEBUG": "OFF"}
+    named["PYTHONFAULTHANDLER"] = "1"
     return [
         subprocess.Popen(
             command,

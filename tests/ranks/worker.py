@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import json
 import logging
 import os
@@ -76,6 +77,7 @@ def main() -> None:
             break  # the ranks may be at different places now
     (out / f"result_{rank}.json").write_text(json.dumps(results))
     if not any(results.values()):
+        gc.collect()  # models that hold a group: at the end of the process it is too late for them
         dist.destroy_process_group()
 
 
