@@ -30,7 +30,7 @@ AGGREGATIONS = ["mean", "max", "weighted"]
 
 def use(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     choice = Choice(name, IMPLEMENTATIONS[name], {})
-    module = importlib.import_module("foreshock.ops.calibrated_scores")
+    module = importlib.import_module("foreshock.ops.calibrated_scores.register")
     monkeypatch.setattr(module, "choose", lambda *_: choice)
 
 

@@ -51,6 +51,33 @@ def test_no_score_depends_on_the_other_samples(implementation: str, aggregation:
             assert torch.equal(one[..., 0].nan_to_num(7), all_of_it[..., at].nan_to_num(7))
 
 
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("is_ranked", [False, True])
+def test_opcheck(aggregation: str, is_ranked: bool) -> None:
+    given = case(3, 20, 10, aggregation)
+    ranked = given.reference if is_ranked else None
+    distances = given.distances.nan_to_num().requires_grad_()
+    torch.library.opcheck(
+        torch.ops.foreshock.calibrated_scores,
+        (distances, given.scale, given.weights, ranked, 0.5, aggregation == "max"),
+    )
+
+
+@pytest.mark.parametrize("is_ranked", [False, True])
+def test_the_op_compiles_without_a_break(is_ranked: bool) -> None:
+    given = case(3, 20, 10, "mean")
+
+    def scored(distances: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        ranked = given.reference if is_ranked else None
+        return (*calibrated_scores(distances.abs(), given.scale, ranked, 0.5),)
+
+    traced = torch.compile(scored, backend="aot_eager", fullgraph=True)
+    for found, expected in zip(traced(given.distances), scored(given.distances), strict=True):
+        assert (found is None) == (expected is None)
+        if found is not None:
+            torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
 GOOD = {
     "distances": torch.ones(3, 4),
     "scale": torch.ones(2, 3),

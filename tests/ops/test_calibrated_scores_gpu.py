@@ -18,6 +18,9 @@ from foreshock.ops import CalibratedScores
 from tests.ops.calibrated_scores_cases import AGGREGATIONS, IMPLEMENTATIONS, assert_agrees, case
 from tests.ops.triton_process import compile_all, interpreted, main, results_of
 
+# One process has what Triton makes, once.
+pytestmark = pytest.mark.xdist_group("calibrated_scores in Triton")
+
 SHAPES = {"1x1x1": (1, 1, 1), "5x130x20": (5, 130, 20), "3x128x1000": (3, 128, 1000)}
 CASES = ["-".join(each) for each in itertools.product(SHAPES, AGGREGATIONS)]
 

@@ -38,6 +38,9 @@ from tests.ops.health_scan_cases import (
 )
 from tests.ops.triton_process import CAPABILITIES, compile_all, interpreted, main, results_of
 
+# One process has what Triton makes, once.
+pytestmark = pytest.mark.xdist_group("health_scan in Triton")
+
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 

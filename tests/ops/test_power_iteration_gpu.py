@@ -36,6 +36,9 @@ from tests.ops.power_iteration_cases import (
 )
 from tests.ops.triton_process import CAPABILITIES, compile_all, interpreted, main, results_of
 
+# One process has what Triton makes, once.
+pytestmark = pytest.mark.xdist_group("power_iteration in Triton")
+
 CSRC = Path(__file__).parents[2] / "csrc" / "power_iteration"
 CPU = torch.device("cpu")
 

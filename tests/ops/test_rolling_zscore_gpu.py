@@ -20,6 +20,9 @@ from foreshock.ops.rolling_zscore.state import DTYPES, Settings, State
 from tests.ops.rolling_zscore_cases import CPU, assert_scores, run, troubled
 from tests.ops.triton_process import compile_all, interpreted, main, results_of
 
+# One process has what Triton makes, once.
+pytestmark = pytest.mark.xdist_group("rolling_zscore in Triton")
+
 GPU = torch.device("cuda", 0)
 WINDOWS = [1, 2, 7]
 CLIPS = {"unclipped": None, "clipped": 3.0}

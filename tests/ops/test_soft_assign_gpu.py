@@ -15,6 +15,9 @@ from torch import Tensor
 
 from tests.ops.triton_process import CAPABILITIES, compile_all, interpreted, main, results_of
 
+# One process has what Triton makes, once.
+pytestmark = pytest.mark.xdist_group("soft_assign in Triton")
+
 CPU = torch.device("cpu")
 GPU = torch.device("cuda", 0)
 F32, F64 = torch.float32, torch.float64

@@ -7,11 +7,13 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from foreshock.ops._backend import choose
+from foreshock.ops.calibrated_scores import register
 from foreshock.ops.calibrated_scores.result import CalibratedScores as CalibratedScores
 
 Aggregation: TypeAlias = Literal["mean", "max", "weighted"]
 _AGGREGATIONS = get_args(Aggregation)
+
+_is_traced = torch.compiler.is_dynamo_compiling
 
 
 def calibrated_scores(
@@ -63,11 +65,13 @@ def calibrated_scores(
             f"weights is {'None' if weights is None else 'a tensor'} with aggregation "
             f"{aggregation!r}; accepted: a tensor with 'weighted', None with 'mean' and 'max'"
         )
-    module = choose("calibrated_scores", distances.device.type).module
-    scores: CalibratedScores = module.score(
-        distances, scale, weights, reference, threshold, is_largest=aggregation == "max"
-    )
-    return scores
+    given = distances, scale, weights, reference, threshold, aggregation == "max"
+    if not _is_traced():
+        return register.score(*given)
+    z, score, percentile, is_above = torch.ops.foreshock.calibrated_scores(*given)
+    if reference is None:
+        return CalibratedScores(z, score, None, None)
+    return CalibratedScores(z, score, percentile, is_above)
 
 
 def _check(
