@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 _WORD = 8
-_IMPL_BYTES = 192
+_IMPL_BYTES = 176  # no more than torch 2.13 has allocated
 _STORAGE_BYTES = 64
 _DTYPES = (
     torch.float64,
