@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from foreshock.guard import snapshot_file
+from foreshock.guard import incoming_file
 from foreshock.guard.snapshot_file import Content, DamagedFile, NotStorable, read, write
 from tests.guard.test_arena import MIXED
 
@@ -207,7 +207,7 @@ def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(
         return real(descriptor, page)
 
     real = os.write
-    monkeypatch.setattr(snapshot_file.os, "write", full)
+    monkeypatch.setattr(incoming_file.os, "write", full)
     with pytest.raises(OSError, match="No space"):
         write(path, Content(9, {"w": torch.ones(5)}))
     assert path.read_bytes() == contents
@@ -216,7 +216,7 @@ def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(
 
 def test_short_writes_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.write
-    monkeypatch.setattr(snapshot_file.os, "write", lambda fd, page: real(fd, page[:5]))
+    monkeypatch.setattr(incoming_file.os, "write", lambda fd, page: real(fd, page[:5]))
     assert is_same(returned({"x": torch.arange(99)}, tmp_path), {"x": torch.arange(99)})
 
 

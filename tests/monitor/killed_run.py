@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import foreshock as fs
-from foreshock.guard import snapshot_file
+from foreshock.guard import incoming_file, snapshot_file
 from foreshock.guard.parts import SnapshotFolder
 from tests.monitor import training as t
 
@@ -96,8 +96,8 @@ def is_whole(file: Path) -> bool:
 
 def main(where: Path, kills: int, seed: int) -> dict[str, Any]:
     torch.set_num_threads(1)
-    snapshot_file._WRITE_BYTES = 256  # type: ignore[misc]
-    snapshot_file.os = types.SimpleNamespace(**vars(os) | {"write": write_slowly})  # type: ignore[assignment]
+    incoming_file._WRITE_BYTES = 256  # type: ignore[misc]
+    incoming_file.os = types.SimpleNamespace(**vars(os) | {"write": write_slowly})  # type: ignore[assignment]
     rng = random.Random(seed)
     expected = digest(t.train(make()))
     found: dict[str, Any] = {

@@ -500,7 +500,7 @@ def test_a_full_disk_never_stops_training_and_is_told_of_once(
     def full(*_: Any) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("foreshock.guard.snapshot_file.os.write", full)
+    monkeypatch.setattr("foreshock.guard.incoming_file.os.write", full)
     run = make()
     with caplog.at_level(logging.WARNING, "foreshock"), guarded(run, tmp_path) as monitor:
         t.train(run, monitor)

@@ -300,8 +300,8 @@ def test_autocast_does_not_reach_the_codes() -> None:
         with probe.watch() as seen:
             model(x)
         rows = torch.randn(50, 24)
-        cast = probe.codes[0].components(rows, None, "mean").distance
-    assert cast.equal(probe.codes[0].components(rows, None, "mean").distance)
+        (cast,) = probe.codes[0].measure(rows, has_codes=False)
+    assert cast.equal(*probe.codes[0].measure(rows, has_codes=False))
     assert (seen.surprise().score - probe(x).score).abs().median() < 0.2
 
 

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from foreshock.guard import snapshot_file
-from foreshock.guard.snapshot_file import Content, DamagedFile, Header, Incoming
+from foreshock.guard.incoming_file import Incoming
+from foreshock.guard.snapshot_file import Content, DamagedFile, Header
 
 _FILE = re.compile(r"step_(\d{9,})\.safetensors")
 _FOLDER = re.compile(r"rank_(\d{5,})")

@@ -6,8 +6,6 @@ import base64
 import contextlib
 import json
 import math
-import os
-import secrets
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -20,7 +18,7 @@ import xxhash
 
 from foreshock.distributed_part import Chunk
 from foreshock.guard.arena import in_memory_order
-from foreshock.records.posix_file import sync_descriptor, sync_directory
+from foreshock.guard.incoming_file import Incoming
 
 _FORMAT = "foreshock snapshot 1"
 _DTYPES: dict[torch.dtype, str] = {
@@ -42,7 +40,6 @@ _ERRORS_OF_CONTENT = (ValueError, LookupError, TypeError, AttributeError, Recurs
 _SAVED = "saved."
 """What the names of the state's tensors begin with."""
 _NUMBERS_WITHOUT_JSON = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-_WRITE_BYTES = 8 << 20
 
 
 class NotStorable(TypeError):
@@ -285,71 +282,6 @@ def write_pages(path: Path, pages: Iterable[memoryview]) -> int:
     for page in pages:
         file.take(page)
     return file.finish()
-
-
-class Incoming:
-    """A file that comes piece by piece, and is there when it is finished or not at all.
-
-    Args:
-        path: replaced if it exists.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-        self._descriptor: int | None = None
-        self._size = 0
-        self._error: OSError | None = None
-
-    def take(self, piece: memoryview) -> None:
-        """Writes it; after an error, which `finish` raises, it is passed over."""
-        if self._error is not None:
-            return
-        try:
-            if self._descriptor is None:
-                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-                self._descriptor = os.open(self._temporary, flags, 0o666)
-            _write_all(self._descriptor, piece)
-            self._size += len(piece)
-        except OSError as error:
-            self._error = error
-
-    def finish(self) -> int:
-        """Gives the file its name.
-
-        Returns:
-            Its size in bytes.
-        Raises:
-            OSError: it could not be written.
-        """
-        try:
-            if self._error is not None:
-                raise self._error
-            if self._descriptor is not None:
-                sync_descriptor(self._descriptor)
-            self._close()
-            os.replace(self._temporary, self._path)
-        except BaseException:
-            self.drop()
-            raise
-        sync_directory(self._path.parent)
-        return self._size
-
-    def drop(self) -> None:
-        """Leaves nothing of it behind."""
-        self._close()
-        self._temporary.unlink(missing_ok=True)
-
-    def _close(self) -> None:
-        descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None:
-            os.close(descriptor)
-
-
-def _write_all(descriptor: int, page: memoryview) -> None:
-    begin = 0
-    while begin < len(page):
-        begin += os.write(descriptor, page[begin : begin + _WRITE_BYTES])
 
 
 # ---- everything that is no tensor

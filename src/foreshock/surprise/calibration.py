@@ -118,11 +118,6 @@ class EmpiricalPercentileCalibrator:
         """float64, of the shape of x: the share of the reference that is not above x, 0 to 1."""
         return self._share(_as_tensor(x, "x"))
 
-    def judge(self, x: Scores) -> tuple[Tensor, Tensor]:
-        """`percentile(x)` and `is_ood(x)`."""
-        scores = _as_tensor(x, "x")
-        return self._share(scores), self._is_above(scores, None)
-
     def p_value(self, x: Scores) -> Tensor:
         """float64, of the shape of x: how often normal data would be at least as strange, 0 to 1.
 

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from foreshock.ops import calibrated_scores
+from foreshock.ops.calibrated_scores import Aggregation
 from foreshock.surprise.aggregation import check_weights
 from foreshock.surprise.calibration import EmpiricalPercentileCalibrator, samples_needed
 from foreshock.surprise.clusters import fit_clusters
 from foreshock.surprise.layer_codes import LayerCodes
 from foreshock.surprise.layers import select
-from foreshock.surprise.listener import Aggregation, Calls, Listener, Listening, Reading, joined
+from foreshock.surprise.listener import Calls, Listener, Listening, Reading, joined
 from foreshock.surprise.model_input import Batch, MaskSource, read_batches
 from foreshock.surprise.outputs import Reduction, evaluating
 from foreshock.surprise.probe import SurpriseProbe

@@ -9,8 +9,6 @@ from torch import Tensor
 from foreshock.ops import SoftAssigner
 from foreshock.surprise.derived import Derived
 from foreshock.surprise.float32_buffers import Float32Buffers
-from foreshock.surprise.outputs import Reduction, over_positions
-from foreshock.surprise.scores import LayerComponents
 
 # Squared distances are in units of the variance within clusters, where the probabilities of
 # Gaussian clusters are softmax(-d2 / 2).
@@ -68,9 +66,8 @@ class LayerCodes(Float32Buffers):
         Cost:
             One call of `SoftAssigner`, which is bound anew when a buffer has changed.
         """
-        buffers = self._buffers
         try:
-            assigner = self._assigner.of(buffers["mean"], buffers["projection"], buffers["centers"])
+            assigner = self._bound()
             if not has_codes:
                 return (assigner.distance(rows),)
             code = assigner(rows)
@@ -88,28 +85,12 @@ class LayerCodes(Float32Buffers):
         Args:
             out: (N,) or (N, P), float32.
         """
+        return self._bound().writer(out) if out.device == self.mean.device else None
+
+    def _bound(self) -> SoftAssigner:
+        # Of the dictionary itself: nn.Module looks in two others before.
         buffers = self._buffers
-        mean = buffers["mean"]
-        if mean is None or mean.device != out.device:
-            return None
-        return self._assigner.of(mean, buffers["projection"], buffers["centers"]).writer(out)
-
-    def components(
-        self, rows: Tensor, mask: Tensor | None, reduction: Reduction
-    ) -> LayerComponents:
-        """D, L and H of each sample.
-
-        Args:
-            rows: (N, D), or (N, P, D) of a layer with positions.
-            mask: (N, P) bool, which positions count; None if all do.
-            reduction: over positions.
-        Raises:
-            ValueError: naming the layer, what it gave and what is accepted.
-        """
-        parts = self.measure(rows, has_codes=True)
-        if rows.dim() == 3:
-            parts = tuple(over_positions(part, mask, reduction) for part in parts)
-        return LayerComponents(*parts)
+        return self._assigner.of(buffers["mean"], buffers["projection"], buffers["centers"])
 
     def tensors(self) -> dict[str, Tensor]:
         """The buffers by the names that the constructor has for them."""

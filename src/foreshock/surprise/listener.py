@@ -6,11 +6,12 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from foreshock.ops.calibrated_scores import Aggregation
 from foreshock.surprise.aggregation import (
     check_weights,
     max_surprise,
@@ -28,8 +29,6 @@ from foreshock.surprise.outputs import (
     rows_of,
 )
 from foreshock.surprise.scores import Parts
-
-Aggregation: TypeAlias = Literal["mean", "max", "weighted"]
 
 
 @dataclasses.dataclass(frozen=True)

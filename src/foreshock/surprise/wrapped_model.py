@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from foreshock.ops.calibrated_scores import Aggregation
 from foreshock.surprise.aggregation import mean_surprise
 from foreshock.surprise.batches import run_over
 from foreshock.surprise.codebook import Init
@@ -27,7 +28,7 @@ from foreshock.surprise.coding import (
     stop_coding,
 )
 from foreshock.surprise.layers import select
-from foreshock.surprise.listener import Aggregation, Reading
+from foreshock.surprise.listener import Reading
 from foreshock.surprise.losses import CodedRows, coding_loss
 from foreshock.surprise.scores import LayerComponents, Surprise
 from foreshock.surprise.traces import CodingTrace, Recording

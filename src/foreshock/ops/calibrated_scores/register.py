@@ -36,16 +36,9 @@ def score(
 
 
 @torch.library.impl(_library, "calibrated_scores", "CompositeExplicitAutograd")
-def _impl(
-    distances: Tensor,
-    scale: Tensor,
-    weights: Tensor | None,
-    reference: Tensor | None,
-    threshold: float,
-    is_largest: bool,
-) -> _Four:
+def _impl(*given: Any) -> _Four:
     """z, score, percentile and is_above; without a reference the last two have no elements."""
-    z, scores, share, is_above = score(distances, scale, weights, reference, threshold, is_largest)
+    z, scores, share, is_above = score(*given)
     if share is None or is_above is None:
         return z, scores, z.new_empty(0, dtype=torch.float64), z.new_empty(0, dtype=torch.bool)
     return z, scores, share, is_above
