@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from foreshock.collectives import all_reduce
 from foreshock.distributed_part import is_distributed
 from foreshock.guard.events import Offender
 from foreshock.host_read import read
@@ -205,7 +206,7 @@ class Consensus:
         if self.has_left or not dist.is_initialized():
             return tensor
         try:
-            dist.all_reduce(tensor, getattr(dist.ReduceOp, op), group=self.group)
+            all_reduce(tensor, op, self.group)
         except RuntimeError as error:
             self.has_left = True
             raise RanksLost(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from foreshock.collectives import all_reduce
 from foreshock.distributed_part import distinct_parts, is_distributed, local_part, split_dims
 from foreshock.guard.inspection import Finding, inspect_gradients
 from foreshock.host_read import read
@@ -98,11 +99,10 @@ def inspect_over_meshes(owners: Sequence[torch.Tensor], norm_type: float) -> Fin
 
 def _over_mesh(found: Finding, norm_type: float, mesh: Any, dims: Sequence[int]) -> Finding:
     is_sum = norm_type == 2.0
-    op = torch.distributed.ReduceOp.SUM if is_sum else torch.distributed.ReduceOp.MAX
     size = found.sumsq if is_sum else found.absmax
     sent = torch.tensor([found.nan, found.inf, size], dtype=torch.float64, device=mesh.device_type)
     for dim in dims:
-        torch.distributed.all_reduce(sent, op, group=mesh.get_group(dim))
+        all_reduce(sent, "SUM" if is_sum else "MAX", mesh.get_group(dim))
     nan, inf, size = read(sent).tolist()
     return Finding(int(nan), int(inf), size if is_sum else 0.0, 0.0 if is_sum else size)
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from foreshock.collectives import all_reduce
 from foreshock.ops.power_iteration.lanczos import row_norms
 from foreshock.ops.power_iteration.matrices import Layout, layout_of
 from foreshock.ops.power_iteration.reference import LEAST_SHARE
@@ -95,7 +96,7 @@ def bind(
         own[0] = vectors[0]
         own[1] = 0
         call()
-        torch.distributed.all_reduce(whole.put_out(own[0], found), group=group)
+        all_reduce(whole.put_out(own[0], found), group=group)
         whole.take_in()
 
     return advance
