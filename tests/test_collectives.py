@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-import foreshock as fs
 from foreshock import collectives
 
 Hold = Callable[[float], list[str]]
@@ -73,9 +73,23 @@ def test_gloos_own_threads_let_go(hold: Hold, monkeypatch: pytest.MonkeyPatch) -
         collectives.await_release()
 
 
-def test_a_monitor_that_is_finalized_has_nothing_under_way(hold: Hold, tmp_path: Path) -> None:
-    model = torch.nn.Linear(2, 1)
-    with fs.Monitor(model, torch.optim.SGD(model.parameters(), lr=0.1), tmp_path):
-        said = hold(0.2)
-        collectives.all_reduce(torch.ones(3))
-    assert said == ["let go"]
+PROCESS = """
+import sys, threading, time
+import torch, torch.distributed as dist
+from foreshock import collectives
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+send = dist.all_reduce
+def keep(held):
+    time.sleep(0.3)
+    print("let go", flush=True)
+def send_and_hold(tensor, *args, group):
+    send(tensor, *args, group=group)
+    threading.Thread(target=keep, args=[tensor], daemon=True).start()
+dist.all_reduce = send_and_hold
+collectives.all_reduce(torch.ones(3))
+"""
+
+
+def test_a_process_ends_when_nobody_holds_what_it_sent() -> None:
+    done = subprocess.run([sys.executable, "-c", PROCESS], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "let go\n"), done.stderr

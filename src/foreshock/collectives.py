@@ -1,7 +1,8 @@
-"""What a rank says to the others, of which nothing is under way any more when a run is over."""
+"""What a rank says to the others, of which nothing is under way any more when its process ends."""
 
 from __future__ import annotations
 
+import atexit
 import sys
 import time
 from collections import deque
@@ -30,12 +31,13 @@ def all_reduce(tensor: torch.Tensor, op: str = "SUM", group: Any = None) -> None
         _sent.append(sent)
 
 
+@atexit.register
 def await_release() -> None:
     """Waits until the threads of gloo hold nothing that was sent, a second at most.
 
     They let go of a tensor a little after its sum is there, for which they need Python's lock. A
     process that ends meanwhile is aborted (github.com/pytorch/pytorch/issues/190489), unless its
-    group has ended before, and that DDP and FSDP2 keep. So the last to speak may not be this one.
+    group has ended before, and that DDP and FSDP2 keep.
     """
     mine = deque([torch.empty(0)])
     end = time.monotonic() + _PATIENCE_SECONDS

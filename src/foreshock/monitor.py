@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from foreshock.activation_watch import ActivationWatch
-from foreshock.collectives import await_release
 from foreshock.followed import follow_noise, follow_spectra, follow_surprise
 from foreshock.function_monitor import FunctionMonitor
 from foreshock.gate_watch import GateWatch
@@ -491,7 +490,6 @@ class Monitor:
             for watch in self._watches.values():
                 self._safely(watch.close, None)
             self._safely(self._watch.history.finish, None)
-            await_release()
             if self._noise is not None and self._is_first:
                 save = functools.partial(self._noise.save, self._journal.out_dir)
                 self._safely(save, None)

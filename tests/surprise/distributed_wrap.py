@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from foreshock.collectives import all_reduce, await_release
+from foreshock.collectives import all_reduce
 from foreshock.surprise import EmaCodebookUpdater, wrap
 from tests.surprise.wrapped_models import mlp, rows
 
@@ -41,7 +41,6 @@ def main() -> None:
                     largest = parameter.clone()
                     all_reduce(largest, "MAX")
                     assert torch.equal(largest, parameter), (find_unused, has_loss, updater_kind)
-    await_release()
     dist.destroy_process_group()
     print("agreed")
 

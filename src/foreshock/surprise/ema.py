@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from foreshock.collectives import all_reduce
 from foreshock.surprise.assignment import probabilities
 from foreshock.surprise.coding import Coder
 from foreshock.surprise.traces import CodingTrace
@@ -108,7 +109,7 @@ class EmaCodebookUpdater:
         counted = [_counted(trace, centers, self._assignment) for trace in calls]
         new_KD1 = torch.stack(counted).sum(0)
         if _is_distributed():
-            torch.distributed.all_reduce(new_KD1)
+            all_reduce(new_KD1)
         sums.totals.lerp_(new_KD1, 1 - self._decay)
         count_K = sums.totals[:, -1]
         # A code that nothing was assigned to has no mean: 0 / 0 would put it at the origin or at
