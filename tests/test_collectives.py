@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -64,6 +65,15 @@ def test_what_is_not_let_go_of_is_not_waited_for_without_end(
     collectives.all_reduce(torch.ones(3), "MAX")
     collectives.await_release()
     assert said == []
+
+
+def test_what_was_let_go_of_is_not_kept(hold: Hold) -> None:
+    collectives.all_reduce(torch.ones(3))
+    first = weakref.ref(collectives._sent[-1])
+    for _ in range(7):  # one less than would push it out
+        time.sleep(0.05)
+        collectives.all_reduce(torch.ones(3))
+    assert first() is None
 
 
 def test_gloos_own_threads_let_go(hold: Hold, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 _sent: deque[torch.Tensor] = deque(maxlen=8)
-"""The last ones, since the threads of gloo may hold them for longer than the call takes."""
+"""What the threads of gloo may still hold."""
+_UNSENT = deque([torch.empty(0)])
 
 _PATIENCE_SECONDS = 1.0
 
 
 def all_reduce(tensor: torch.Tensor, op: str = "SUM", group: Any = None) -> None:
-    """As `torch.distributed.all_reduce`, in place, of something small that is kept for a while.
+    """As `torch.distributed.all_reduce`, in place; what gloo still holds is kept until it does not.
 
     Args:
         op: a name of `torch.distributed.ReduceOp`.
@@ -28,6 +29,7 @@ def all_reduce(tensor: torch.Tensor, op: str = "SUM", group: Any = None) -> None
     sent = tensor.detach()  # an object that nobody else holds
     dist.all_reduce(sent, getattr(dist.ReduceOp, op), group=group)
     if sent.device.type == "cpu":
+        _forget_released()
         _sent.append(sent)
 
 
@@ -39,10 +41,13 @@ def await_release() -> None:
     process that ends meanwhile is aborted (github.com/pytorch/pytorch/issues/190489), unless its
     group has ended before, and that DDP and FSDP2 keep.
     """
-    mine = deque([torch.empty(0)])
     end = time.monotonic() + _PATIENCE_SECONDS
+    _forget_released()
     while _sent and time.monotonic() < end:
-        if sys.getrefcount(_sent[0]) > sys.getrefcount(mine[0]):
-            time.sleep(1e-4)  # others have Python's lock meanwhile
-        else:
-            _sent.popleft()
+        time.sleep(1e-4)  # others have Python's lock meanwhile
+        _forget_released()
+
+
+def _forget_released() -> None:
+    while _sent and sys.getrefcount(_sent[0]) <= sys.getrefcount(_UNSENT[0]):
+        _sent.popleft()
